@@ -1,3 +1,12 @@
 """recon: post-training quantisation of diffusion transformers and vision-language models."""
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """`recon.load`, imported when it is first used: torch and Lightning take seconds."""
+    if name == "load":
+        from recon.engine.native import load
+
+        return load
+    raise AttributeError(f"module 'recon' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Calibration: which samples, what is recorded on them, and the streams carried through."""

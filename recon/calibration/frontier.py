@@ -1,0 +1,187 @@
+"""The carried streams: what enters the open unit, per calibration sample.
+
+Three streams walk through the network together, one unit at a time:
+
+    teacher   activations of the full-precision network
+    student   activations of the network whose closed units are quantised
+    nearest   the same with every unit rounded to nearest, held-out samples only
+
+Each unit costs one full-precision and one quantised forward per sample, 2L for the network.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from recon.calibration import ranks
+from recon.calibration.streams import StreamStore
+from recon.errors import NumericsError
+from recon.models.adapter import ModelAdapter
+from recon.types import Sample, State
+
+STREAMS = ("teacher", "student", "nearest")
+
+Observe = Callable[[int], AbstractContextManager[None]]
+"""Gives the context around the teacher's forward of a calibration sample."""
+
+
+@dataclass
+class BlockForwards:
+    """Forwards of a single block for a single sample, by this process."""
+
+    teacher: int = 0
+    student: int = 0
+    nearest: int = 0
+
+
+class Frontier:
+    """Both networks' activations at the boundary in front of the open unit.
+
+    Samples are known by their index over all processes: calibration samples first, then held-out
+    ones. This process holds those whose index modulo the number of processes is its rank.
+
+    Args:
+        adapter: Runs embedders and blocks.
+        samples: All calibration samples.
+        held_out: All held-out samples; they are carried along but never trained on.
+        store: Keeps the activations.
+        device: Where blocks run.
+    """
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        samples: Sequence[Sample],
+        held_out: Sequence[Sample],
+        store: StreamStore,
+        device: torch.device,
+    ) -> None:
+        self._adapter, self._store, self.device = adapter, store, device
+        self._samples, self._held_out = samples, held_out
+        count = len(samples)
+        self.calibration = [i for i in range(count) if self._mine(i)]
+        self.held_out = [count + i for i in range(len(held_out)) if self._mine(i)]
+        self.boundary = 0
+        self.forwards = BlockForwards()
+        self._conditioning: dict[int, State] = {}
+
+    @staticmethod
+    def _mine(index: int) -> bool:
+        return index % ranks.world() == ranks.rank()
+
+    def sample(self, index: int) -> Sample:
+        """The network's arguments of a sample."""
+        count = len(self._samples)
+        return self._samples[index] if index < count else self._held_out[index - count]
+
+    @torch.no_grad()
+    def start(self, boundary: int = 0) -> bool:
+        """Fills the streams at `boundary`; False where they must be replayed from the start."""
+        restored = boundary > 0 and self._store.restorable(boundary, STREAMS)
+        self.boundary = boundary if restored else 0
+        for index in self.calibration + self.held_out:
+            state = self._adapter.embed(self.sample(index), self.device)
+            streamed = {name: state[name] for name in self._adapter.streamed}
+            self._conditioning[index] = {k: v for k, v in state.items() if k not in streamed}
+            if restored:
+                continue
+            self._put(0, "teacher", index, streamed)
+            self._put(0, "student", index, streamed)
+            if index in self.held_out:
+                self._put(0, "nearest", index, streamed)
+        if not restored:
+            for stream in STREAMS:
+                self._store.finish(0, stream)
+        return restored or boundary == 0
+
+    def state(self, stream: str, index: int) -> State:
+        """What enters the open unit, conditioning included."""
+        held = self._store.get(self.boundary, stream, index, self.device)
+        return {**self._conditioning[index], **held}
+
+    def target(self, index: int) -> Tensor:
+        """Tokens that leave the open unit in the teacher, [batch, tokens, channels]."""
+        held = self._store.get(self.boundary + 1, "teacher", index, self.device)
+        return self._adapter.tokens({**self._conditioning[index], **held})
+
+    def final(self, stream: str, index: int) -> Tensor:
+        """Output of the whole network for a sample, once every unit was passed."""
+        return self._adapter.output(self.sample(index), self.state(stream, index), self.device)
+
+    @torch.no_grad()
+    def record(self, blocks: Sequence[nn.Module], observe: Observe | None = None) -> None:
+        """Runs the teacher's unit over its own stream; its outputs are the targets.
+
+        Args:
+            blocks: The unit's full-precision blocks.
+            observe: Context entered around the forward of a calibration sample.
+        """
+        for index in self.calibration + self.held_out:
+            held_out = index in self.held_out
+            with nullcontext() if observe is None or held_out else observe(index):
+                state = self._run(blocks, self.state("teacher", index))
+            self.forwards.teacher += len(blocks)
+            self._put(self.boundary + 1, "teacher", index, state)
+        self._store.finish(self.boundary + 1, "teacher")
+
+    @torch.no_grad()
+    def advance(
+        self, blocks: Sequence[nn.Module], nearest: Sequence[nn.Module]
+    ) -> dict[str, float]:
+        """Runs the closed unit over the student's stream and steps to the next boundary.
+
+        Args:
+            blocks: The unit's quantised blocks.
+            nearest: The unit's blocks rounded to nearest.
+
+        Returns:
+            Relative squared error of the held-out tokens at the new boundary against the
+            teacher's, for `student` and `nearest`.
+        """
+        error = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for index in self.calibration + self.held_out:
+            student = self._run(blocks, self.state("student", index))
+            self.forwards.student += len(blocks)
+            self._put(self.boundary + 1, "student", index, student)
+            if index in self.held_out:
+                rounded = self._run(nearest, self.state("nearest", index))
+                self.forwards.nearest += len(nearest)
+                self._put(self.boundary + 1, "nearest", index, rounded)
+                error += self._errors(self.target(index), student, rounded)
+        for stream in ("student", "nearest"):
+            self._store.finish(self.boundary + 1, stream)
+        self.boundary += 1
+        self._store.drop_before(self.boundary)
+        ranks.total(error)
+        student_error, nearest_error, power = error.tolist()
+        return {"student": student_error / power, "nearest": nearest_error / power}
+
+    def close(self) -> None:
+        """Forgets the streams."""
+        self._store.close()
+
+    def _errors(self, target: Tensor, student: State, nearest: State) -> Tensor:
+        target = target.double()
+        terms = [
+            (self._adapter.tokens(s).double() - target).square().sum() for s in (student, nearest)
+        ]
+        return torch.stack([*terms, target.square().sum()])
+
+    def _run(self, blocks: Sequence[nn.Module], state: State) -> State:
+        for block in blocks:
+            state = self._adapter.forward_block(block, state)
+        return state
+
+    def _put(self, boundary: int, stream: str, index: int, state: State) -> None:
+        streamed = {name: state[name] for name in self._adapter.streamed}
+        for name, tensor in streamed.items():
+            if not tensor.isfinite().all():
+                raise NumericsError(
+                    f"{name} of the {stream} stream holds NaN or Inf at boundary {boundary}, "
+                    f"sample {index}. The last checkpoint is good: look at the sample and at the "
+                    "unit before this boundary, or lower its learning rates."
+                )
+        self._store.put(boundary, stream, index, streamed)

@@ -1,0 +1,76 @@
+"""What one full-precision pass over a unit records about the inputs of its linears."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from recon.calibration import ranks
+from recon.errors import NumericsError
+
+
+@dataclass
+class UnitRecord:
+    """Statistics of a unit's input groups, keyed by the group's first linear.
+
+    Sums run over all calibration samples and tokens of all processes.
+    """
+
+    absmax: dict[str, Tensor] = field(default_factory=dict)
+    """Largest magnitude per channel, [channels], float32."""
+    gram: dict[str, Tensor] = field(default_factory=dict)
+    """Sum of x xᵀ over tokens, [channels, channels], float64 while recording."""
+    salience: dict[int, Tensor] = field(default_factory=dict)
+    """Attention column sums S of each of this process's samples, [batch, tokens]."""
+
+    def reduce(self) -> None:
+        """Makes the statistics those of all processes; refuses values that are not finite."""
+        for name, absmax in self.absmax.items():
+            ranks.maximum(absmax)
+            if not absmax.isfinite().all():
+                raise NumericsError(
+                    f"The input of {name} holds NaN or Inf on the full-precision path. Check the "
+                    "teacher's weights and the calibration set; dtype float16 overflows in some "
+                    "networks, bfloat16 does not."
+                )
+        for gram in self.gram.values():
+            ranks.total(gram)
+
+
+@contextmanager
+def recorded_inputs(
+    linears: Mapping[str, nn.Module], record: UnitRecord, *, with_gram: Iterable[str]
+) -> Iterator[None]:
+    """Adds what enters each of `linears` to `record` while the context is open.
+
+    Args:
+        linears: The first linear of each input group, by name.
+        record: Filled in place.
+        with_gram: Names whose Gram matrix is wanted too.
+    """
+    wanted = set(with_gram)
+
+    def observe(name: str, inputs: Tensor) -> None:
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        absmax = rows.abs().amax(dim=0)  # over tokens
+        known = record.absmax.get(name)
+        record.absmax[name] = absmax if known is None else torch.maximum(known, absmax)
+        if name in wanted:
+            # One float32 product per sample, summed in float64: see recon.calibration.ranks.
+            gram = (rows.T @ rows).double()
+            known = record.gram.get(name)
+            record.gram[name] = gram if known is None else known.add_(gram)
+
+    handles = [
+        linear.register_forward_pre_hook(
+            lambda _module, arguments, name=name: observe(name, arguments[0])
+        )
+        for name, linear in linears.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

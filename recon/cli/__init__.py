@@ -1,0 +1,5 @@
+"""The command line: `recon fit | validate | test | predict | compare`."""
+
+from recon.cli.main import main
+
+__all__ = ["main"]

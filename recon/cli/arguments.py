@@ -1,0 +1,51 @@
+"""Arguments that stand for several of Lightning's."""
+
+from pathlib import Path
+
+from recon.errors import ConfigError
+
+
+def with_run_folder(arguments: list[str]) -> list[str]:
+    """`--run FOLDER` replaced by the folder's configuration, newest checkpoint and itself.
+
+    Raises:
+        ConfigError: The folder is no run folder.
+
+    >>> with_run_folder(["fit", "--config", "a.yaml"])
+    ['fit', '--config', 'a.yaml']
+    """
+    if "--run" not in arguments:
+        return arguments
+    at = arguments.index("--run")
+    if at + 1 == len(arguments):
+        raise ConfigError("--run needs a run folder, such as runs/s2q_vdit.")
+    root = Path(arguments[at + 1])
+    config = root / "config.yaml"
+    if not config.is_file():
+        raise ConfigError(
+            f"{root} is no run folder: {config} is missing. Give the trainer.default_root_dir of a "
+            "run that `recon fit` has started."
+        )
+    head, rest = arguments[:1], [*arguments[1:at], *arguments[at + 2 :]]
+    # The folder may have been moved or copied since: where it is now counts.
+    return [
+        *head,
+        *("--config", str(config)),
+        *("--trainer.default_root_dir", str(root)),
+        *([] if "--ckpt_path" in rest else ["--ckpt_path", "last"]),
+        *rest,
+    ]
+
+
+def run_name(arguments: list[str]) -> str:
+    """Name of the run folder where none is given: that of the first configuration file.
+
+    >>> run_name(["fit", "--config=configs/s2q_vdit.yaml", "--config", "b.yaml"])
+    's2q_vdit'
+    """
+    for position, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            return Path(argument.removeprefix("--config=")).stem
+        if argument in ("--config", "-c") and position + 1 < len(arguments):
+            return Path(arguments[position + 1]).stem
+    return "unnamed"

@@ -1,0 +1,215 @@
+"""LightningCLI with the settings the engine needs, and refusals before anything is written."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+from recon.callbacks.checkpoints import StepCheckpoint, UnitCheckpoint
+from recon.callbacks.evaluation import PairedMetrics
+from recon.callbacks.progress import UnitProgress
+from recon.callbacks.summary import RunSummary
+from recon.callbacks.tracking import RunCSVLogger, UnitTracking
+from recon.callbacks.videos import MediaLogger, VideoWriter
+from recon.cli.arguments import run_name
+from recon.engine.checkpoint_io import AtomicCheckpointIO
+from recon.engine.checkpoints import examined, written
+from recon.engine.data import CalibrationData
+from recon.engine.reconstruction import Reconstruction
+from recon.engine.settings import refuse_unsafe_trainer
+from recon.engine.strategy import ReconStrategy
+from recon.errors import CheckpointMismatch, ConfigError
+
+
+class SavedConfig(SaveConfigCallback):
+    """Writes config.yaml into the run folder and sends it to W&B."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lightning: only a fit decides what a run is; evaluating it must not change its file."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lightning: rank zero, once."""
+        text = self.parser.dump(self.config, skip_none=False)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.config.update({"config": text}, allow_val_change=True)
+
+
+class ReconCLI(LightningCLI):
+    """See `recon --help`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the callbacks every run has, and W&B."""
+        parser.add_lightning_class_args(UnitCheckpoint, "unit_checkpoint")
+        parser.add_lightning_class_args(StepCheckpoint, "step_checkpoint")
+        parser.add_lightning_class_args(UnitProgress, "progress")
+        parser.add_lightning_class_args(PairedMetrics, "metrics")
+        parser.add_lightning_class_args(MediaLogger, "media")
+        parser.add_lightning_class_args(VideoWriter, "writer")
+        parser.add_argument("--wandb", type=bool, default=True, help="Track the run in W&B.")
+        parser.add_argument("--wandb_project", type=str, default="recon", help="W&B project.")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Fills in what depends on the run folder and the number of processes."""
+        given = self._get(self.config_init, "trainer", default={})
+        root = Path(given["default_root_dir"])
+        if self.subcommand == "fit":
+            self._refuse_folder(root)
+        strategy = given["strategy"]
+        if strategy == "auto" and given["devices"] not in (1, "1", "auto"):
+            strategy = ReconStrategy()
+        if given["logger"] is None:
+            kwargs["logger"] = self._loggers(root)
+        trainer = super().instantiate_trainer(
+            **kwargs, strategy=strategy, plugins=[*(given["plugins"] or []), AtomicCheckpointIO()]
+        )
+        trainer.callbacks.extend([UnitTracking(), RunSummary()])  # type: ignore[attr-defined]
+        return trainer
+
+    def _refuse_folder(self, root: Path) -> None:
+        existing = root
+        while not existing.exists():
+            existing = existing.parent
+        if not os.access(existing, os.W_OK) or not existing.is_dir():
+            raise ConfigError(
+                f"The run folder {root} cannot be written ({existing} is read-only or no folder). "
+                "Set trainer.default_root_dir to a folder you may write to."
+            )
+
+    def _loggers(self, root: Path) -> list[Any]:
+        loggers: list[Any] = [RunCSVLogger(root / "metrics.csv")]
+        if self._get(self.config_init, "wandb"):
+            loggers.append(self._wandb(root))
+        return loggers
+
+    def _wandb(self, root: Path) -> WandbLogger:
+        import wandb
+
+        noted = root / "wandb" / "run_id"
+        identity = noted.read_text().strip() if noted.exists() else wandb.util.generate_id()
+        self._wandb_note = (noted, identity)
+        online = os.environ.get("WANDB_MODE", "online") == "online" and _has_key()
+        return WandbLogger(
+            name=root.name,
+            project=self._get(self.config_init, "wandb_project"),
+            save_dir=str(root),
+            id=identity,
+            offline=not online,
+        )
+
+    # Before anything runs ---------------------------------------------------------------------
+
+    def before_fit(self) -> None:
+        """Refuses what cannot work, while nothing has been written."""
+        module, data = self._parts()
+        refuse_unsafe_trainer(self.trainer, type(module).__name__)
+        module.check()
+        data.check(module.adapter)
+        root = Path(self.trainer.default_root_dir)
+        device = self.trainer.strategy.root_device
+        module.check_budget(*data.sample_counts, root, device)
+        self._checkpoint = self._resolved(required=False)
+        if self._checkpoint is None:
+            self._refuse_taken()
+        else:
+            module.check_checkpoint(examined(self._checkpoint))
+        if hasattr(self, "_wandb_note") and self.trainer.is_global_zero:
+            noted, identity = self._wandb_note
+            noted.parent.mkdir(parents=True, exist_ok=True)
+            noted.write_text(identity)
+
+    def _parts(self) -> tuple[Reconstruction, CalibrationData]:
+        assert isinstance(self.model, Reconstruction)
+        assert isinstance(self.datamodule, CalibrationData)
+        return self.model, self.datamodule
+
+    def _refuse_taken(self) -> None:
+        root = Path(self.trainer.default_root_dir)
+        if written(root) or (root / "summary.json").exists():
+            raise ConfigError(
+                f"{root} already holds a run. Continue it with --ckpt_path last, or start another "
+                "with --trainer.default_root_dir FOLDER; nothing is overwritten."
+            )
+
+    def _resolved(self, *, required: bool) -> Path | None:
+        given = self._get(self.config, "ckpt_path")
+        root = Path(self.trainer.default_root_dir)
+        if given not in (None, "last", "best"):
+            return Path(given)
+        found = written(root)
+        if found and (given == "last" or required):
+            return found[0]
+        if required:
+            raise CheckpointMismatch(
+                f"{root} holds no checkpoint. Run `recon fit` first, or pass --run FOLDER."
+            )
+        if given == "last":
+            rank_zero_info(f"No checkpoint in {root}: starting anew.")
+        return None
+
+    def fit(self, **kwargs: Any) -> None:
+        """Lightning's fit, from the checkpoint that was examined."""
+        kwargs["ckpt_path"] = None if self._checkpoint is None else str(self._checkpoint)
+        self.trainer.fit(**kwargs)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Lightning's validate, on the newest checkpoint unless one is named."""
+        self._evaluate(self.trainer.validate, kwargs)
+
+    def test(self, **kwargs: Any) -> None:
+        """Lightning's test, on the newest checkpoint unless one is named."""
+        self._evaluate(self.trainer.test, kwargs)
+
+    def predict(self, **kwargs: Any) -> None:
+        """Lightning's predict, on the newest checkpoint unless one is named."""
+        self._evaluate(self.trainer.predict, {**kwargs, "return_predictions": False})
+
+    def _evaluate(self, run: Any, kwargs: dict[str, Any]) -> None:
+        module, _ = self._parts()
+        module.check()
+        checkpoint = self._resolved(required=True)
+        assert checkpoint is not None
+        examined(checkpoint)
+        run(**{**kwargs, "ckpt_path": str(checkpoint)})
+
+
+def _has_key() -> bool:
+    import wandb
+
+    return bool(wandb.api.api_key)
+
+
+def run(arguments: list[str]) -> None:
+    """Parses `arguments` and runs the command they name."""
+    warnings.filterwarnings("ignore", message=".*in eval mode.*")  # the teacher belongs there
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # indices only
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    sys.argv[1:] = arguments  # DDP starts the other processes with the same line
+    ReconCLI(
+        Reconstruction,
+        CalibrationData,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_callback=SavedConfig,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={
+            "default_root_dir": f"runs/{run_name(arguments)}",
+            "max_epochs": -1,
+            "devices": 1,
+            "reload_dataloaders_every_n_epochs": 1,
+            "use_distributed_sampler": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 10,
+        },
+    )

@@ -1,0 +1,42 @@
+"""What the engine needs of a DataModule."""
+
+from abc import abstractmethod
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+
+from recon.calibration.artefact import CalibrationSet
+from recon.models.adapter import ModelAdapter
+
+
+class CalibrationData(LightningDataModule):
+    """A DataModule whose product is a calibration set; the base that YAML's `data` names.
+
+    `setup("fit")` makes or finds the set. Evaluation loaders are the subclass's own.
+    """
+
+    steps: int
+    """Sampling steps of evaluation."""
+    guidance: float
+    """Guidance scale of evaluation."""
+    seconds: float = 0.0
+    """What calibration took in this process."""
+
+    @abstractmethod
+    def check(self, adapter: ModelAdapter) -> None:
+        """Refuses, before anything heavy, what cannot work."""
+
+    @property
+    @abstractmethod
+    def sample_counts(self) -> tuple[int, int, int]:
+        """Calibration samples, held-out samples, and the batch size of each, before any is made."""
+
+    @property
+    @abstractmethod
+    def calibration_set(self) -> CalibrationSet:
+        """The set that `setup("fit")` found or made."""
+
+    def train_dataloader(self) -> Any:
+        """The engine's: batches are indices into the set, dealt unit by unit."""
+        assert self.trainer is not None
+        return self.trainer.lightning_module.train_dataloader()

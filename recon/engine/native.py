@@ -1,0 +1,180 @@
+"""`quantized/`: the lossless form of a result, which loads with neither teacher nor data.
+
+    config.json             the network's own configuration
+    network.safetensors     every tensor that is not quantised: embedders, norms, biases, head
+    quantized.safetensors   per layer `codes` (int32, packed), `scale`, and where there is one
+                            `activation_clip`; per group of layers that share an input the
+                            transform's `channel_scale`, `left`, `right`, under its first layer
+    manifest.json           method, bits and error, shapes and owner of each layer, fingerprint;
+                            written last, with a checksum of the other files
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import recon
+from recon.engine.assembly import adopted
+from recon.errors import CheckpointMismatch
+from recon.layers.quant_linear import QuantLinear
+from recon.layers.tree import replace
+from recon.models.adapter import ModelAdapter
+from recon.quantizers.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from recon.engine.reconstruction import Reconstruction
+
+FORMAT_VERSION = 1
+FILES = ("config.json", "network.safetensors", "quantized.safetensors")
+_TRANSFORM = ("channel_scale", "left", "right")
+
+
+def write_native(module: "Reconstruction", folder: Path) -> None:
+    """Writes the closed layers of `module` and the rest of its network to `folder`.
+
+    The folder is written aside and renamed: there is never half of one.
+    """
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    layers = {
+        name.replace("/", "."): layer
+        for name, layer in module.quantizers.items()
+        if isinstance(layer, QuantLinear)
+    }
+    adapter = module.adapter
+    shutil.copyfile(adapter.network_folder / "config.json", aside / "config.json")
+    replaced = {f"{name}.weight" for name in layers}
+    kept = [name for name in adapter.weights.keys() if name not in replaced]  # noqa: SIM118
+    dtype = adapter.weights.dtype()
+    rest = adapter.weights.load_names(kept, dtype, "cpu")
+    save_file(rest, aside / "network.safetensors")
+    tensors, owners = _tensors(layers)
+    save_file(tensors, aside / "quantized.safetensors")
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "recon": recon.__version__,
+        "method": type(module).__name__,
+        "adapter": f"{type(adapter).__module__}.{type(adapter).__qualname__}",
+        "dtype": str(adapter.compute_dtype(module.device)).removeprefix("torch."),
+        "weight": asdict(module.weight),
+        "layers": {
+            name: {
+                "out_features": layer.out_features,
+                "in_features": layer.in_features,
+                "activation": layer.activation_spec and asdict(layer.activation_spec),
+                "transform": owners.get(name),
+            }
+            for name, layer in layers.items()
+        },
+        "error": module.final_error,
+        "unit_errors": module.history,
+        "fingerprint": module.fingerprint,
+        "files": {name: _checksum(aside / name) for name in FILES},
+    }
+    (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+
+
+def _tensors(layers: dict[str, QuantLinear]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors: dict[str, Tensor] = {}
+    owner_of: dict[int, str] = {}
+    owners: dict[str, str] = {}
+    for name, layer in layers.items():
+        for key in ("codes", "scale", "activation_clip"):
+            value = getattr(layer, key)
+            if value is not None:
+                tensors[f"{name}.{key}"] = value.cpu().contiguous()
+        if layer.transform is None:
+            continue
+        owners[name] = owner = owner_of.setdefault(id(layer.transform), name)
+        for key in _TRANSFORM:
+            value = getattr(layer.transform, key)
+            if value is not None and owner == name:
+                tensors[f"{name}.transform.{key}"] = value.detach().cpu().contiguous()
+    return tensors, owners
+
+
+def load(run: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+    """The quantised network of a finished run: the public class, its linears quantised.
+
+    Put it into the stock pipeline: `pipeline.transformer = recon.load("runs/s2q_vdit")`. Its
+    outputs are those the run evaluated, bit for bit on the same kind of machine; quantisation is
+    simulated, codes are expanded at every call.
+
+    Args:
+        run: Run folder, or its `quantized` folder.
+        device: Where the network goes.
+
+    Raises:
+        CheckpointMismatch: The folder is not there, is damaged, or of another format version.
+    """
+    folder = Path(run) / "quantized" if (Path(run) / "quantized").is_dir() else Path(run)
+    manifest = _manifest(folder)
+    adapter = _adapter_class(manifest["adapter"]).of_network_folder(folder, manifest["dtype"])
+    network = adapter.network_from(load_file(folder / "network.safetensors"), device)
+    saved = load_file(folder / "quantized.safetensors", device=str(device))
+    described: dict[str, Any] = manifest["layers"]
+    groups: dict[str, list[str]] = {}
+    for name, facts in described.items():
+        groups.setdefault(facts["transform"] or name, []).append(name)
+    weight = QuantSpec(**manifest["weight"])
+    layers = adopted(
+        saved,
+        {name: (facts["out_features"], facts["in_features"]) for name, facts in described.items()},
+        list(groups.values()),
+        weight,
+        {n: f["activation"] and QuantSpec(**f["activation"]) for n, f in described.items()},
+    )
+    for name, layer in layers.items():
+        layer.bias = network.get_submodule(name).bias  # type: ignore[assignment]
+        layer.to(device)
+    return replace(network, layers).requires_grad_(False).eval()
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise CheckpointMismatch(
+            f"{path} is missing: {folder} is no finished result. Give the folder of a run that "
+            "ended, or continue it with --ckpt_path last."
+        )
+    manifest: dict[str, Any] = json.loads(path.read_text())
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointMismatch(
+            f"{path} has format_version {manifest.get('format_version')}, this recon reads "
+            f"{FORMAT_VERSION}. Use the recon that wrote it ({manifest.get('recon')})."
+        )
+    for name, checksum in manifest["files"].items():
+        if not (folder / name).is_file() or _checksum(folder / name) != checksum:
+            raise CheckpointMismatch(
+                f"{folder / name} is missing or differs from what was written. Copy the folder "
+                "again, completely."
+            )
+    return manifest
+
+
+def _adapter_class(path: str) -> type[ModelAdapter]:
+    module, _, name = path.rpartition(".")
+    found = getattr(importlib.import_module(module), name, None)
+    if not (isinstance(found, type) and issubclass(found, ModelAdapter)):
+        raise CheckpointMismatch(
+            f"The manifest names the adapter {path}, which is no ModelAdapter. Install the package "
+            "that defines it."
+        )
+    return found
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,83 @@
+"""What came out of a run, in numbers."""
+
+import resource
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from recon.calibration import ranks
+from recon.layers.quant_linear import QuantLinear
+
+if TYPE_CHECKING:
+    from recon.engine.reconstruction import Reconstruction
+
+
+@torch.no_grad()
+def network_error(module: "Reconstruction") -> dict[str, float]:
+    """Relative squared error of the network's output on the held-out samples.
+
+    Returns:
+        `round_to_nearest` and `reconstructed`, both ‖quantised − teacher‖² / ‖teacher‖² summed
+        over samples, with the same bits and the same layers quantised.
+    """
+    frontier = module.frontier
+    sums = torch.zeros(3, dtype=torch.float64)
+    for index in frontier.held_out:
+        teacher = frontier.final("teacher", index).double()
+        student = frontier.final("student", index).double()
+        nearest = frontier.final("nearest", index).double()
+        sums += torch.stack(
+            [
+                (nearest - teacher).square().sum(),
+                (student - teacher).square().sum(),
+                teacher.square().sum(),
+            ]
+        ).cpu()
+    nearest_error, student_error, power = ranks.total(sums.to(frontier.device)).tolist()
+    return {
+        "round_to_nearest": nearest_error / power,
+        "reconstructed": student_error / power,
+    }
+
+
+def size_bytes(module: "Reconstruction") -> dict[str, int]:
+    """Bytes of the quantised linears: weights at 16 bits, and everything that replaces them.
+
+    Counted are codes, step sizes, transforms (once per group) and clips; biases are in neither.
+    """
+    full, seen, quantized = 0, set[int](), 0
+    for layer in module.quantizers.values():
+        assert isinstance(layer, QuantLinear)
+        full += 2 * layer.in_features * layer.out_features
+        for tensor in layer.state_dict(keep_vars=True).values():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                quantized += tensor.nbytes
+    return {"full_precision": full, "quantized": quantized}
+
+
+def summary(module: "Reconstruction", total_seconds: float) -> dict[str, Any]:
+    """The content of `summary.json`."""
+    samples = len(module.frontier.calibration) + len(module.frontier.held_out)
+    forwards = module.frontier.forwards
+    kilobytes = sum(
+        resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {
+        "method": type(module).__name__,
+        "teacher": str(module.adapter.folder),
+        "bits": {
+            "weight": module.weight.num_bits,
+            "activation": module.activation.num_bits if module.activation else 16,
+        },
+        "units": len(module.units),
+        "blocks": sum(len(unit.blocks) for unit in module.units),
+        "block_forwards_per_sample": (forwards.teacher + forwards.student) / max(samples, 1),
+        "seconds": {**module.seconds, "total": total_seconds},
+        "peak_memory_bytes": {"host": 1024 * kilobytes, "device": device},
+        "size_bytes": size_bytes(module),
+        "error": module.final_error,
+        "unit_errors": module.history,
+        "fingerprint": module.fingerprint,
+    }

@@ -1,0 +1,136 @@
+"""Where a run stands, and how another process takes it up."""
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+import recon
+from recon.engine.assembly import adopted
+from recon.engine.fingerprint import refuse_difference, settings
+from recon.errors import CheckpointMismatch
+from recon.quantizers.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from recon.engine.reconstruction import Reconstruction
+
+PREFIX = "quantizers."
+
+
+def fingerprint(module: "Reconstruction", calibration: str) -> dict[str, Any]:
+    """What must agree for a checkpoint to be continued bit for bit: plain values by field."""
+    kind = type(module)
+    return {
+        "method": f"{kind.__module__}.{kind.__qualname__}",
+        **{f"model.{key}": value for key, value in settings(module).items()},
+        "model.compile": module.compile_choice,
+        **{f"teacher.{key}": value for key, value in module.adapter.identity().items()},
+        "calibration": calibration,
+        "versions.recon": recon.__version__,
+        "versions.torch": str(torch.__version__),
+    }
+
+
+def digest(fingerprint: dict[str, Any]) -> str:
+    """A short name of a fingerprint."""
+    text = json.dumps(fingerprint, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def progress(module: "Reconstruction") -> dict[str, Any]:
+    """What a checkpoint says about the run; primitives only."""
+    return {
+        "index": module.index,
+        "first_step": module.first_step,
+        "units": [unit.name for unit in module.units],
+        "steps": module.stage_steps,
+        "fingerprint": module.fingerprint,
+        "history": module.history,
+        "seconds": module.seconds,
+        "final_error": module.final_error,
+    }
+
+
+def restore(module: "Reconstruction", checkpoint: dict[str, Any]) -> None:
+    """Gives the module the structure and position of `checkpoint`.
+
+    While fitting, the open unit is opened again on its restored streams; for sampling, its
+    half-learned layers are left out of the checkpoint's state.
+
+    Raises:
+        CheckpointMismatch: The checkpoint is none of recon's, belongs to another configuration,
+            or was written between a unit's last step and its closing.
+    """
+    saved = checkpoint.get("recon")
+    if saved is None:
+        raise CheckpointMismatch("The checkpoint was not written by recon. Choose another file.")
+    units = [unit.name for unit in module.units]
+    if saved["units"] != units:
+        raise CheckpointMismatch(
+            f"The checkpoint was cut into units {saved['units']}, this configuration into {units}. "
+            "Resume with the configuration saved beside it, or start a new run folder."
+        )
+    fitting = bool(module.fingerprint)
+    if fitting:
+        refuse_difference(saved["fingerprint"], module.fingerprint, "The checkpoint")
+    refuse_unclosed(checkpoint)
+    module.index, module.first_step = saved["index"], saved["first_step"]
+    module.history, module.seconds = saved["history"], saved["seconds"]
+    module.final_error = saved["final_error"]
+    state: dict[str, Tensor] = checkpoint["state_dict"]
+    _adopt_closed(module, state)
+    if not fitting:
+        module.fingerprint_of_run = saved["fingerprint"]
+        checkpoint["state_dict"] = {
+            key: tensor for key, tensor in state.items() if key in module.state_dict()
+        }
+        if module.index < len(units):
+            rank_zero_info(f"{module.index} of {len(units)} units are quantised so far.")
+        return
+    if module.index == len(units):
+        module.trainer.should_stop = True
+        return
+    module.start_streams()
+    module.open_next()
+
+
+def refuse_unclosed(checkpoint: dict[str, Any]) -> None:
+    """Does nothing unless every step of the open unit was done when the file was written.
+
+    Raises:
+        CheckpointMismatch: Lightning would train the unit a second time.
+    """
+    saved = checkpoint["recon"]
+    left = saved["index"] < len(saved["units"])
+    if left and checkpoint["global_step"] - saved["first_step"] >= saved["steps"]:
+        raise CheckpointMismatch(
+            f"The checkpoint was written after the last step of unit {saved['index']} and before "
+            "it was closed; continuing would train the unit twice. Choose the next older file."
+        )
+
+
+def _adopt_closed(module: "Reconstruction", state: dict[str, Tensor]) -> None:
+    tensors = {
+        key.removeprefix(PREFIX).replace("/", "."): tensor
+        for key, tensor in state.items()
+        if key.startswith(PREFIX)
+    }
+    adapter = module.adapter
+    for unit in module.units[: module.index]:
+        for block in unit.blocks:
+            shapes = adapter.linear_shapes(block)
+            groups: list[list[str]] = []
+            activation: dict[str, QuantSpec | None] = {}
+            for group in adapter.input_groups(block):
+                if group.role in module.skip_roles:
+                    continue
+                groups.append([f"{block}.{name}" for name in group.linears])
+                spec = module.activation_spec_of_role(group.role)
+                activation |= dict.fromkeys(groups[-1], spec)
+            linears = {f"{block}.{name}": shape for name, shape in shapes.items()}
+            layers = adopted(tensors, linears, groups, module.weight, activation)
+            for name, layer in layers.items():
+                module.quantizers[name.replace(".", "/")] = layer

@@ -1,0 +1,72 @@
+"""Videos (or images) of the teacher and of its quantised forms, for the same seeds."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from recon.engine.assembly import layer_groups, nearest_layers
+from recon.engine.unit import Unit
+from recon.layers.quant_linear import QuantLinear
+from recon.layers.tree import replace
+
+if TYPE_CHECKING:
+    from recon.engine.reconstruction import Reconstruction
+
+Form = Literal["full_precision", "round_to_nearest", "quantized"]
+
+
+@torch.no_grad()
+def sample(
+    module: "Reconstruction", batch: dict[str, Any], forms: Iterable[Form]
+) -> dict[str, Any]:
+    """Samples of each form for the batch's prompts and seeds.
+
+    Returns:
+        The batch's `prompt` and `seed`, and for every form a float tensor [prompts, frames, 3,
+        height, width] in [0, 1] on the CPU.
+    """
+    data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
+    settings = {"steps": data.steps, "guidance": data.guidance}
+    result: dict[str, Any] = {"prompt": batch["prompt"], "seed": batch["seed"]}
+    for form in forms:
+        pipeline = module.pipelines.get(form)
+        if pipeline is None:
+            device = module.trainer.strategy.root_device
+            pipeline = module.adapter.pipeline(device, network(module, form, device))
+            module.pipelines[form] = pipeline
+        result[form] = pipeline.generate(list(batch["prompt"]), list(batch["seed"]), **settings)
+    return result
+
+
+def network(module: "Reconstruction", form: Form, device: torch.device) -> nn.Module:
+    """The whole network of the public class, in one of its forms, on `device`."""
+    whole = module.adapter.network(device)
+    dtype = module.adapter.compute_dtype(device)
+    if form == "quantized":
+        layers = {
+            name.replace("/", "."): layer
+            for name, layer in module.quantizers.items()
+            if isinstance(layer, QuantLinear) and layer.closed
+        }
+    elif form == "round_to_nearest":
+        layers = _nearest(module, whole)
+    else:
+        return whole
+    for name, layer in layers.items():
+        bias = whole.get_submodule(name).bias
+        layer.bias = None if bias is None else bias.detach()  # type: ignore[union-attr]
+        layer.to(device)
+        layer.keep_resident(dtype)
+    return replace(whole, layers).eval()
+
+
+def _nearest(module: "Reconstruction", whole: nn.Module) -> dict[str, QuantLinear]:
+    layers: dict[str, QuantLinear] = {}
+    for name in module.adapter.block_names:
+        unit, blocks = Unit(name, (name,)), [whole.get_submodule(name)]
+        groups = layer_groups(module.adapter, unit, blocks, skip_roles=module.skip_roles)
+        activation = {group.name: module.activation_spec(group) for group in groups}
+        layers |= nearest_layers(groups, module.weight, activation)
+    return layers

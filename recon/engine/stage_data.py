@@ -1,0 +1,66 @@
+"""What one step of the open unit reads, and how the unit is run."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from recon.calibration.attention import AttentionColumnSums
+from recon.engine.unit import OpenUnit
+from recon.errors import CapabilityMissing
+from recon.models.adapter import ExposesAttention, ModelAdapter, missing_attributes
+from recon.types import State
+
+if TYPE_CHECKING:
+    from recon.engine.reconstruction import Reconstruction
+
+
+def seeded(text: str) -> torch.Generator:
+    """A CPU generator whose seed is a hash of `text`."""
+    digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def run_blocks(adapter: ModelAdapter, blocks: Sequence[nn.Module], state: State) -> State:
+    """The state that leaves `blocks`; the function that is compiled."""
+    for block in blocks:
+        state = adapter.forward_block(block, state)
+    return state
+
+
+def input_state(module: "Reconstruction", sample: int, step: int) -> State:
+    """What enters the open unit in training: teacher's stream, quantised prefix's, or a mix.
+
+    Source: the mix is QDrop's (arXiv 2203.05740): each element from the teacher with
+    probability 1/2, drawn from (seed, unit, step, sample).
+    """
+    streams = {"full_precision": "teacher", "quantised": "student"}
+    if module.inputs != "mix":
+        return module.frontier.state(streams[module.inputs], sample)
+    generator = module.generator("mix", step, sample)
+    teacher = module.frontier.state("teacher", sample)
+    student = module.frontier.state("student", sample)
+    for name in module.adapter.streamed:
+        tensor = teacher[name]
+        keep = torch.rand(tensor.shape, generator=generator).to(tensor.device) < 0.5
+        student[name] = torch.where(keep, tensor, student[name])
+    return student
+
+
+@contextmanager
+def recorded_salience(module: "Reconstruction", unit: OpenUnit, sample: int) -> Iterator[None]:
+    """Keeps the attention column sums of the forward run inside, [batch, tokens], on the CPU."""
+    adapter = module.adapter
+    if not isinstance(adapter, ExposesAttention):
+        raise CapabilityMissing(
+            f"{type(module).__name__} weights tokens by attention, which {type(adapter).__name__} "
+            f"does not expose. Implement {', '.join(missing_attributes(adapter, ExposesAttention))}"
+            " or set std.lambda_min to 1."
+        )
+    real = adapter.attention_tokens(module.frontier.state("teacher", sample))
+    with AttentionColumnSums(real.shape[1], real) as sums:
+        yield
+    unit.record.salience[sample] = sums.sums()

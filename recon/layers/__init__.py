@@ -1,0 +1,1 @@
+"""Quantised layers and how they are put into a module tree."""

@@ -1,0 +1,131 @@
+"""A linear layer whose weight is an integer grid and whose input is quantised as it arrives."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from recon.layers.rounding import CLIP_LOGIT_START, AdaptiveRounding, NearestRounding
+from recon.layers.transform import InputTransform
+from recon.quantizers.affine import dequantize, fake_quantize_tokens
+from recon.quantizers.packing import pack, unpack
+from recon.quantizers.spec import QuantSpec
+
+
+class QuantLinear(nn.Module):
+    """y = Q_a((x ∘ s) P) · Q_w(W̃)ᵀ + b.
+
+    Open, it computes Q_w from the full-precision weight through `rounding`, and everything that
+    is learned is a parameter. Closed, it holds packed integer codes and step sizes and nothing of
+    the full-precision weight. The full-precision weight is deliberately no buffer: checkpoints
+    hold what is learned, not the teacher.
+
+    Args:
+        linear: The layer it stands for.
+        weight: Grid of the weight.
+        activation: Grid of the input; None leaves the input as it is.
+        transform: What is applied to the input first; the same object in every linear that
+            shares this input.
+        rounding: How the weight is rounded while open; default round-to-nearest.
+        learn_activation_clip: Whether the kept shares of a token's maximum and minimum are
+            learned (one pair per layer).
+    """
+
+    codes: Tensor | None
+    scale: Tensor | None
+    activation_clip: Tensor | None
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        weight: QuantSpec,
+        activation: QuantSpec | None,
+        *,
+        transform: InputTransform | None = None,
+        rounding: NearestRounding | AdaptiveRounding | None = None,
+        learn_activation_clip: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight_spec, self.activation_spec = weight, activation
+        self.transform = transform
+        self.rounding: NearestRounding | AdaptiveRounding | None = rounding or NearestRounding(
+            self.out_features, weight, learn_clip=False
+        )
+        learn_activation_clip = learn_activation_clip and activation is not None
+        self.activation_clip_logits = (
+            nn.Parameter(torch.full((2,), CLIP_LOGIT_START)) if learn_activation_clip else None
+        )
+        for name in ("codes", "scale", "activation_clip"):
+            self.register_buffer(name, None)
+        self.teacher_weight: Tensor | None = linear.weight.detach()
+        self.bias: Tensor | None = None if linear.bias is None else linear.bias.detach()
+        self.resident_weight: Tensor | None = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether the weight is codes."""
+        return self.codes is not None
+
+    def transformed_weight(self) -> Tensor:
+        """The full-precision weight that meets the transformed input, [out, channels], float32."""
+        assert self.teacher_weight is not None
+        weight = self.teacher_weight.float()
+        return weight if self.transform is None else self.transform.weight(weight)
+
+    def quantized_weight(self) -> Tensor:
+        """The weight as the grid represents it, [out, channels], float32."""
+        if self.resident_weight is not None:
+            return self.resident_weight
+        if self.codes is None or self.scale is None:
+            assert self.rounding is not None
+            return self.rounding(self.transformed_weight())
+        codes = unpack(self.codes, self.weight_spec.num_bits, self.in_features)
+        return dequantize(codes.to(self.scale.dtype), self.scale, self.weight_spec)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Output of the layer, [..., out], in the dtype of `inputs` [..., channels]."""
+        hidden = inputs if self.transform is None else self.transform(inputs.float())
+        if self.activation_spec is not None:
+            clip = self.activation_clip
+            if self.activation_clip_logits is not None:
+                clip = self.activation_clip_logits.sigmoid()
+            hidden = fake_quantize_tokens(hidden.float(), self.activation_spec, clip)
+        weight = self.quantized_weight().to(inputs.dtype)
+        bias = None if self.bias is None else self.bias.to(inputs.dtype)
+        return functional.linear(hidden.to(inputs.dtype), weight, bias)
+
+    @torch.no_grad()
+    def fold(self) -> Tensor:
+        """Folds transform and activation clip; returns the weight to be rounded, float32."""
+        assert self.teacher_weight is not None
+        weight = self.teacher_weight.float()
+        if self.transform is not None:
+            self.transform.fold()
+            weight = self.transform.folded_weight(self.teacher_weight)
+        if self.activation_clip_logits is not None:
+            self.activation_clip = self.activation_clip_logits.detach().sigmoid()
+            self.activation_clip_logits = None
+        return weight
+
+    @torch.no_grad()
+    def close(self, codes: Tensor, scale: Tensor) -> None:
+        """Replaces the weight by `codes` (integers, [out, channels]) and `scale`."""
+        self.fold()
+        self.codes = pack(codes, self.weight_spec.num_bits)
+        self.scale = scale.detach().float().clone()
+        self.rounding = None
+        self.teacher_weight = None
+
+    def adopt(self, tensors: dict[str, Tensor], transform: InputTransform | None) -> None:
+        """Becomes the closed layer that these saved tensors describe."""
+        self.codes, self.scale = tensors["codes"], tensors["scale"]
+        self.activation_clip = tensors.get("activation_clip")
+        self.activation_clip_logits = None
+        self.transform = transform
+        self.rounding = None
+        self.teacher_weight = None
+
+    def keep_resident(self, dtype: torch.dtype) -> None:
+        """Keeps the de-quantised weight, for many calls in a row at the cost of its memory."""
+        self.resident_weight = None
+        self.resident_weight = self.quantized_weight().to(dtype)

@@ -1,0 +1,90 @@
+"""How the weight of an open unit is rounded while something is learned about it."""
+
+import torch
+from torch import Tensor, nn
+
+from recon.quantizers.affine import (
+    absmax_scale,
+    dequantize,
+    fake_quantize,
+    weight_range,
+)
+from recon.quantizers.affine import codes as nearest_codes
+from recon.quantizers.rounding import hard_codes, initial_logits, soft_codes
+from recon.quantizers.spec import QuantSpec
+
+CLIP_LOGIT_START = 4.0
+"""sigmoid(4) = 0.982 of the range. Source: FlatQuant, learnable clipping threshold init."""
+
+
+class NearestRounding(nn.Module):
+    """Round-to-nearest on a range that may be clipped by a learned ratio per output row.
+
+    Args:
+        rows: Number of output rows of the weight.
+        spec: Grid of the weight.
+        learn_clip: Whether each row learns the shares of its maximum and minimum that are kept.
+
+    Source: FlatQuant's learnable weight clipping, which S²Q-VDiT trains at ten times the rate of
+    the transforms.
+    """
+
+    def __init__(self, rows: int, spec: QuantSpec, *, learn_clip: bool) -> None:
+        super().__init__()
+        self.spec = spec
+        self.clip_logits = (
+            nn.Parameter(torch.full((rows, 2), CLIP_LOGIT_START)) if learn_clip else None
+        )
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """Step size of every row (or group) of `weight` [out, channels]."""
+        if self.clip_logits is None:
+            return absmax_scale(weight_range(weight, self.spec), self.spec)
+        kept = self.clip_logits.sigmoid()
+        upper = weight.amax(dim=1, keepdim=True).clamp(min=0) * kept[:, :1]  # over channels
+        lower = weight.amin(dim=1, keepdim=True).clamp(max=0) * kept[:, 1:]
+        return absmax_scale(torch.maximum(upper, -lower), self.spec)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Fake-quantised weight, differentiable."""
+        return fake_quantize(weight, self.scale(weight), self.spec)
+
+    @torch.no_grad()
+    def close(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Integer codes and step sizes of `weight`."""
+        scale = self.scale(weight)
+        return nearest_codes(weight, scale, self.spec), scale
+
+
+class AdaptiveRounding(nn.Module):
+    """Rounding up or down, learned per weight on fixed step sizes.
+
+    Args:
+        weight: The weight to be rounded, [out, channels].
+        scale: Its step sizes.
+        spec: Its grid.
+
+    Source: AdaRound (arXiv 2004.10568) as block reconstruction uses it (BRECQ, PTQ4DiT).
+    """
+
+    step: Tensor
+
+    def __init__(self, weight: Tensor, scale: Tensor, spec: QuantSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.register_buffer("step", scale.clone())
+        self.logits = nn.Parameter(initial_logits(weight, scale))
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """The fixed step sizes; `weight` is not looked at."""
+        return self.step
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Softly rounded weight, differentiable in the logits."""
+        soft = soft_codes(weight, self.step, self.logits, self.spec)
+        return dequantize(soft, self.step, self.spec)
+
+    @torch.no_grad()
+    def close(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Integer codes and step sizes of `weight`."""
+        return hard_codes(weight, self.step, self.logits, self.spec), self.step.clone()

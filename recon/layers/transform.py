@@ -1,0 +1,97 @@
+"""The invertible map that a group of linears applies to its shared input."""
+
+import torch
+from torch import Tensor, nn
+
+from recon.quantizers.transforms import KroneckerTransform, apply_kronecker
+
+
+class InputTransform(nn.Module):
+    """Channel scale, then Kronecker product: x̃ = (x ∘ s) P, and W̃ = (W / s) P^{-T} on the weight.
+
+    While a unit is open, s and P are parameters; `fold` turns them into three buffers
+    (`channel_scale` [channels], `left` [a, a], `right` [b, b]), any of which may be absent.
+
+    Args:
+        channel_scale: Start value of s, shape [channels], positive; None leaves it out.
+        kronecker: The learned product; None leaves it out.
+        learn_scale: Whether s receives gradients.
+
+    Source: S²Q-VDiT and its stated origin FlatQuant (arXiv 2410.09426): scale before rotation.
+    """
+
+    channel_scale: Tensor | None
+    left: Tensor | None
+    right: Tensor | None
+
+    def __init__(
+        self,
+        channel_scale: Tensor | None,
+        kronecker: KroneckerTransform | None = None,
+        *,
+        learn_scale: bool = True,
+    ) -> None:
+        super().__init__()
+        if channel_scale is not None and learn_scale:
+            # A parameter of the logarithm would change the published learning rate's meaning.
+            self.channel_scale = nn.Parameter(channel_scale.clone())
+        else:
+            self.register_buffer("channel_scale", channel_scale)
+        self.kronecker = kronecker
+        self.register_buffer("left", None)
+        self.register_buffer("right", None)
+
+    @classmethod
+    def closed(
+        cls, channel_scale: Tensor | None, left: Tensor | None, right: Tensor | None
+    ) -> "InputTransform":
+        """A folded transform that holds these tensors."""
+        transform = cls(channel_scale, learn_scale=False)
+        transform.left, transform.right = left, right
+        return transform
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Transformed input, same shape [..., channels]."""
+        if self.channel_scale is not None:
+            inputs = inputs * self.channel_scale
+        if self.kronecker is not None:
+            return apply_kronecker(inputs, *self.kronecker.factors())
+        if self.left is not None and self.right is not None:
+            return apply_kronecker(inputs, self.left, self.right)
+        return inputs
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """The weight [out, channels] that meets the transformed input with the same product."""
+        if self.channel_scale is not None:
+            weight = weight / self.channel_scale
+        if self.kronecker is not None:
+            weight = apply_kronecker(weight, *self.kronecker.inverse_transposed_factors())
+        return weight
+
+    @torch.no_grad()
+    def folded_weight(self, weight: Tensor) -> Tensor:
+        """`weight`, computed in float64 and returned in float32: what is rounded, once.
+
+        The rounded factors that `fold` keeps are inverted here, not the parameters they came
+        from, so that folding leaves the product exact to float32.
+        """
+        weight = weight.double()
+        if self.channel_scale is not None:
+            weight = weight / self.channel_scale.double()
+        if self.left is not None and self.right is not None:
+            left, right = (torch.linalg.inv(f.double()).T for f in (self.left, self.right))
+            weight = apply_kronecker(weight, left.contiguous(), right.contiguous())
+        return weight.float()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Turns the parameters into buffers; idempotent, so that sharers may each ask for it."""
+        if isinstance(self.channel_scale, nn.Parameter):
+            scale = self.channel_scale.detach().clone()
+            del self.channel_scale
+            self.register_buffer("channel_scale", scale)
+        if self.kronecker is not None:
+            # float64: the Cayley map solves a linear system, whose float32 error would be kept.
+            left, right = self.kronecker.factors(torch.float64)
+            self.left, self.right = left.float(), right.float()
+            self.kronecker = None

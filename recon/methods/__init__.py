@@ -1,0 +1,1 @@
+"""One paper, one file, and the baselines everything is compared with."""

@@ -1,0 +1,1 @@
+"""Model families: which blocks, how state flows between them, which Linears share an input."""

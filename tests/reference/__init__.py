@@ -1,0 +1,1 @@
+"""Slow, independent restatements of the papers' equations, each with its source."""
