@@ -164,7 +164,7 @@ def _score(
     def sample_share() -> None:
         if not share:
             return
-        pipeline = adapter.pipeline(device)  # type: ignore[attr-defined] # of generative families
+        pipeline = adapter.pipeline(device)
         started = time.monotonic()
         for done, trajectory in enumerate(share, start=1):
             scores[trajectory.index], drawn = candidates.run(pipeline, trajectory, plan.guidance)

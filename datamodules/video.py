@@ -247,16 +247,7 @@ class VideoCalibration(CalibrationData):
             "dtype": str(adapter.compute_dtype(device)),
         }
 
-    # Loaders
-
-    def train_dataloader(self) -> Any:
-        """The open unit's batches, from the module.
-
-        Lightning asks the DataModule alone, once there is one; but which samples belong to a step
-        is the engine's knowledge.
-        """
-        assert self.trainer is not None
-        return self.trainer.lightning_module.train_dataloader()
+    # Evaluation
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Batches {"prompt", "seed"}; none within fit, where sampling videos is not wanted."""

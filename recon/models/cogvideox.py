@@ -187,11 +187,8 @@ class CogVideoX(ModelAdapter):
 
     def token_streams(self, state: State) -> dict[str, slice]:
         """`text` and `video`, along the token axis of `tokens`."""
-        text = state["encoder_hidden_states"].shape[1]
-        return {
-            "text": slice(0, text),
-            "video": slice(text, text + state["hidden_states"].shape[1]),
-        }
+        text, video = (state[key].shape[1] for key in ("encoder_hidden_states", "hidden_states"))
+        return {"text": slice(0, text), "video": slice(text, text + video)}
 
     def attention_tokens(self, state: State) -> Tensor:
         """All True: CogVideoX attends to the padding of a text as to any token."""

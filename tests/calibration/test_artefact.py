@@ -18,7 +18,11 @@ from recon.calibration.artefact import (
 from recon.errors import CalibrationError, NumericsError
 from recon.types import Sample
 
-FINGERPRINT = {"sds.top_k": 3, "teacher.weights": "abc", "guidance": 6.0}
+FINGERPRINT: dict[str, str | int | float | bool | None] = {
+    "sds.top_k": 3,
+    "teacher.weights": "abc",
+    "guidance": 6.0,
+}
 
 
 def sample(index: int, batch: int = 2) -> Sample:
@@ -103,7 +107,9 @@ def test_datasets_opens_the_folder_without_recon(folder: Path) -> None:
 
 
 def test_the_fingerprint_is_independent_of_order_and_complete(folder: Path) -> None:
-    assert CalibrationSet.load(folder).fingerprint == digest(dict(reversed(FINGERPRINT.items())))
+    assert CalibrationSet.load(folder).fingerprint == digest(
+        dict(reversed(list(FINGERPRINT.items())))
+    )
     assert digest(FINGERPRINT) != digest({**FINGERPRINT, "guidance": 6.5})
     content = json.loads((folder / MARKER).read_text())
     assert content["histogram"] == {"1": 1}

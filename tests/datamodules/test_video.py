@@ -4,7 +4,9 @@ import itertools
 import json
 import os
 import re
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +31,15 @@ from recon.models.adapter import ModelAdapter
 from tests.datamodules.fakes import FakeAdapter
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Products of tiny matrices: on a busy machine, waiting for a second thread takes longer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def module(**changes: Any) -> VideoCalibration:
@@ -243,12 +254,10 @@ def test_a_scheduler_of_several_calls_per_step_is_refused(tmp_path: Path) -> Non
 
 
 def test_a_full_disk_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from recon.datamodules import candidates
-
     class Usage:
         free = 4000
 
-    monkeypatch.setattr(candidates.shutil, "disk_usage", lambda folder: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage)
     with pytest.raises(BudgetError, match="4000 bytes are free"):
         made(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -452,7 +461,7 @@ def _rank(rank: int, world: int, store: str, root: str, fault: bool) -> None:
 def _on_two_ranks(root: Path, fault: bool = False) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
-        multiprocessing.spawn(_rank, (2, store, str(root), fault), nprocs=2)  # type: ignore[no-untyped-call,attr-defined]
+        multiprocessing.spawn(_rank, (2, store, str(root), fault), nprocs=2)  # type: ignore[attr-defined]
         return [json.loads((Path(folder) / f"rank{r}.json").read_text()) for r in range(2)]
 
 
