@@ -199,7 +199,9 @@ class VideoCalibration(CalibrationData):
 
     def setup(self, stage: str) -> None:
         """Find or make the calibration set in the run folder; nothing to do outside fit."""
-        if stage == "fit" and self._set is None and self.trainer is not None:
+        super().setup(stage)
+        assert self.trainer is not None
+        if stage == "fit" and self._set is None:
             adapter = cast(ModelAdapter, self.trainer.lightning_module.adapter)
             root = Path(self.trainer.default_root_dir)
             started = time.monotonic()

@@ -66,6 +66,8 @@ class ReconCLI(LightningCLI):
         strategy = given["strategy"]
         if strategy == "auto" and given["devices"] not in (1, "1", "auto"):
             strategy = ReconStrategy()
+        if self.subcommand == "fit":
+            kwargs["limit_val_batches"] = 0  # videos are not sampled between units
         if given["logger"] is None:
             kwargs["logger"] = self._loggers(root)
         trainer = super().instantiate_trainer(
@@ -192,6 +194,8 @@ def run(arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*in eval mode.*")  # the teacher belongs there
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # indices only
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's own call
+    warnings.filterwarnings("ignore", message=".*Total length of.*is zero.*")  # no unit is left
     sys.argv[1:] = arguments  # DDP starts the other processes with the same line
     ReconCLI(
         Reconstruction,

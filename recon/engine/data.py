@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
 
 from recon.calibration.artefact import CalibrationSet
@@ -21,6 +22,14 @@ class CalibrationData(LightningDataModule):
     """Guidance scale of evaluation."""
     seconds: float = 0.0
     """What calibration took in this process."""
+
+    def setup(self, stage: str) -> None:
+        """Lightning: the first hook of a run that knows the module; subclasses begin with it."""
+        assert self.trainer is not None
+        threads: int | None = self.trainer.lightning_module.threads  # type: ignore[assignment]
+        if threads is not None:
+            # Calibration's sums are split by threads too, so this cannot wait for the module.
+            torch.set_num_threads(threads)
 
     @abstractmethod
     def check(self, adapter: ModelAdapter) -> None:

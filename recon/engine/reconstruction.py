@@ -3,34 +3,31 @@
 Read `on_train_epoch_end` first: a unit is closed and the next one opened there and nowhere else.
 """
 
-import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from recon.calibration import ranks
 from recon.calibration.frontier import Frontier
 from recon.calibration.memory import MemoryBudget
-from recon.calibration.statistics import UnitRecord, recorded_inputs
-from recon.engine import resume, stage_data
-from recon.engine.assembly import assembled, compile_pays, layer_groups, nearest_layers
+from recon.engine import resume, stage_data, walk
 from recon.engine.data import CalibrationData
 from recon.engine.fingerprint import refuse_difference
+from recon.engine.gradient import Step, averaged, flat_gradient, hand_out, refuse_nan
 from recon.engine.loader import StageLoader, StageSampler
 from recon.engine.placement import needed_bytes, stream_store
 from recon.engine.result import network_error
 from recon.engine.settings import refuse_unsafe_trainer
-from recon.engine.unit import LayerGroup, OpenUnit, Unit
-from recon.errors import ConfigError, NumericsError
+from recon.engine.unit import OpenUnit, Unit
+from recon.errors import ConfigError
 from recon.layers.quant_linear import QuantLinear
 from recon.models.adapter import ModelAdapter
 from recon.quantizers.spec import QuantSpec
+from recon.types import State
 
 DEFAULT_WEIGHT = QuantSpec(num_bits=4, strategy="channel")
 DEFAULT_ACTIVATION = QuantSpec(num_bits=6, strategy="token", dynamic=True)
@@ -40,6 +37,7 @@ class Reconstruction(LightningModule):
     """Optimises quantised layers unit by unit against the full-precision teacher.
 
     Only quantised layers are registered, under `quantizers`; the network stays in the adapter.
+    Arguments are kept under their own names: the fingerprint of a run is read from them.
 
     Args:
         adapter: The network.
@@ -52,10 +50,13 @@ class Reconstruction(LightningModule):
         batch_size: Samples per optimizer step over all processes.
         seed: Of everything random in the method.
         memory: Budgets of the carried streams.
+        threads: CPU threads of each process; null leaves torch's choice. Sums are split by
+            threads, so a run has the same bytes only with the same number.
         compile: Whether the unit's forward is compiled; auto: where the work pays for it.
     """
 
     quantizers: nn.ModuleDict
+    frontier: Frontier
 
     def __init__(
         self,
@@ -67,13 +68,14 @@ class Reconstruction(LightningModule):
         batch_size: int = 1,
         seed: int = 0,
         memory: MemoryBudget = MemoryBudget(),  # noqa: B008 (frozen)
+        threads: int | None = None,
         compile: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
         self.adapter, self.weight, self.activation = adapter, weight, activation
         self.adaln, self.inputs = adaln, inputs
         self.batch_size, self.seed, self.memory = batch_size, seed, memory
-        self.compile_choice = compile
+        self.threads, self.compile_choice = threads, compile
         self.quantizers = nn.ModuleDict()
         self.units: list[Unit] = []
         self.sample_count = 0
@@ -84,20 +86,29 @@ class Reconstruction(LightningModule):
         """Optimizer steps before the open unit."""
         self.opened: OpenUnit | None = None
         self.history: list[dict[str, float]] = []
-        """Of each closed unit: error before and after, seconds."""
+        """Of each closed unit: error of the streams behind it (rounded to nearest, and ours),
+        first and last loss, seconds."""
         self.seconds = {"calibration": 0.0, "reconstruction": 0.0}
         self.final_error: dict[str, float] = {}
         self.fingerprint: dict[str, Any] = {}
+        self.compiled = False
         self.pipelines: dict[str, Any] = {}
         """Pipelines around the forms of the network that were sampled, by form."""
+        self._trained: list[Tensor] = []
         self._gradient: Tensor | None = None
+        self._run_learning: Callable[..., State] = stage_data.run_learning
 
-    # The hooks a method overrides ---------------------------------------------------------
+    # The hooks a method overrides -------------------------------------------------------------
 
-    wants_gram: bool = False
-    """Whether `record.gram` is needed."""
-    wants_attention: bool = False
-    """Whether `record.salience` is needed; the adapter must then expose its attention."""
+    @property
+    def wants_gram(self) -> bool:
+        """Whether `record.gram` is needed."""
+        return False
+
+    @property
+    def wants_attention(self) -> bool:
+        """Whether `record.salience` is needed; the adapter must then expose its attention."""
+        return False
 
     def prepare(self) -> None:
         """Changes the network before it is cut into units; default: nothing."""
@@ -116,7 +127,7 @@ class Reconstruction(LightningModule):
         Default: round-to-nearest.
         """
         return {
-            name: QuantLinear(module, self.weight, self.activation_spec(group))
+            name: QuantLinear(module, self.weight, self.activation_spec(group.role))
             for group in unit.groups
             for name, module in group.linears.items()
         }
@@ -145,13 +156,9 @@ class Reconstruction(LightningModule):
             assert layer.rounding is not None
             layer.close(*layer.rounding.close(weight))
 
-    # What methods use -----------------------------------------------------------------------
+    # What methods use ---------------------------------------------------------------------------
 
-    def activation_spec(self, group: LayerGroup) -> QuantSpec | None:
-        """Grid of a group's input."""
-        return self.activation_spec_of_role(group.role)
-
-    def activation_spec_of_role(self, role: str) -> QuantSpec | None:
+    def activation_spec(self, role: str) -> QuantSpec | None:
         """Grid of the input of linears of that role."""
         return None if role == "modulation" and self.adaln == "w4a16" else self.activation
 
@@ -164,24 +171,25 @@ class Reconstruction(LightningModule):
         """A fresh CPU generator that depends on the seed, the open unit and `purpose` only."""
         return stage_data.seeded("/".join(map(str, (self.seed, self.index, *purpose))))
 
-    # Stages ---------------------------------------------------------------------------------
+    # Refusals, before anything is written -------------------------------------------------------
 
     def check(self) -> None:
-        """Refuses, within seconds and before anything is written, what cannot work.
+        """Refuses, within seconds, what cannot work.
 
         Raises:
             ReconError: Naming key, value, rule and remedy.
         """
-        self.adapter.check()
-        if self.weight.strategy == "token" or (
-            self.activation is not None and self.activation.strategy != "token"
-        ):
+        activation = self.activation
+        if self.weight.strategy == "token" or (activation and activation.strategy != "token"):
             raise ConfigError(
                 f"Weights take strategy channel or group, got {self.weight.strategy}; activations "
                 "take token with dynamic: true. Change model.weight or model.activation."
             )
         if self.batch_size < 1:
             raise ConfigError(f"model.batch_size must be at least 1, got {self.batch_size}.")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"model.threads must be at least 1 or null, got {self.threads}.")
+        self.adapter.check()
 
     def check_budget(
         self, samples: int, held_out: int, rows: int, root: Path, device: torch.device
@@ -208,118 +216,54 @@ class Reconstruction(LightningModule):
             CheckpointMismatch: Naming the fields that differ.
         """
         saved = checkpoint["recon"]["fingerprint"]
-        present = resume.fingerprint(self, saved["calibration"])
-        refuse_difference(saved, present, "The checkpoint")
+        refuse_difference(saved, resume.fingerprint(self, saved["calibration"]), "The checkpoint")
+
+    # Lightning: the stages ------------------------------------------------------------------------
 
     @property
     def root(self) -> Path:
         """The run folder."""
         return Path(self.trainer.default_root_dir)
 
-    def setup(self, stage: str) -> None:
-        """Lightning: ranks and data are known, no checkpoint is read yet."""
-        self.prepare()
-        self.units = self.partition()
-        if stage != "fit" or self.fingerprint:
-            return
-        refuse_unsafe_trainer(self.trainer, type(self).__name__)
-        data: CalibrationData = self.trainer.datamodule  # type: ignore[attr-defined]
-        calibration = data.calibration_set
-        self.seconds["calibration"] = data.seconds
-        self.fingerprint = resume.fingerprint(self, calibration.fingerprint)
-        device = self.trainer.strategy.root_device
-        self.sample_count = len(calibration.samples)
-        rows = calibration.samples[0]["timestep"].shape[0]
-        needed = needed_bytes(
-            self.adapter.stream_bytes(rows, device), self.sample_count, len(calibration.held_out)
-        )
-        mark = resume.digest(self.fingerprint)
-        store = stream_store(self.memory, needed, device, self.root, mark)
-        self.frontier = Frontier(
-            self.adapter, calibration.samples, calibration.held_out, store, device
-        )
-        self.compiled = self.compile_choice is True or (
-            self.compile_choice == "auto" and self._compile_pays(device)
-        )
-        run = stage_data.run_blocks
-        self._run_student: Callable[..., Any] = (
-            torch.compile(run, dynamic=False) if self.compiled else run
-        )
-
-    def _compile_pays(self, device: torch.device) -> bool:
-        shapes = self.adapter.linear_shapes(self.units[0].blocks[0]).values()
-        weights = sum(out * in_ for out, in_ in shapes) * len(self.units[0].blocks)
-        tokens = self.frontier_tokens()
-        steps = self.unit_steps(self.sample_count) * len(self.units)
-        return compile_pays(device, weights, tokens, steps)
-
-    def frontier_tokens(self) -> int:
-        """Tokens of one sample."""
-        state = self.adapter.embed(self.frontier.sample(0), self.trainer.strategy.root_device)
-        return self.adapter.tokens(state).shape[:2].numel()
+    @property
+    def run_device(self) -> torch.device:
+        """Where blocks run; `self.device` follows only once the strategy is set up."""
+        return self.trainer.strategy.root_device
 
     @property
     def stage_steps(self) -> int:
         """Optimizer steps of every unit."""
         return self.unit_steps(self.sample_count)
 
-    def start_streams(self) -> None:
-        """Brings the streams to the boundary of the open unit, replaying closed units if needed."""
-        if self.frontier.start(self.index):
-            return
-        rank_zero_info(f"Replaying {self.index} closed units to rebuild their activations.")
-        for unit in self.units[: self.index]:
-            blocks = [self.adapter.block(name, self._device_of_run) for name in unit.blocks]
-            self.frontier.record(blocks)
-            self.frontier.advance(assembled(unit, blocks, self.layers_of(unit)), self._nearest(unit, blocks))
-
-    @property
-    def _device_of_run(self) -> torch.device:
-        return self.trainer.strategy.root_device
-
-    def layers_of(self, unit: Unit) -> dict[str, QuantLinear]:
-        """The registered layers inside a unit's blocks, by full dotted name."""
-        prefixes = tuple(f"{name}." for name in unit.blocks)
-        named = ((key.replace("/", "."), layer) for key, layer in self.quantizers.items())
-        return {n: q for n, q in named if n.startswith(prefixes) and isinstance(q, QuantLinear)}
-
-    def _nearest(self, unit: Unit, blocks: list[nn.Module]) -> list[nn.Module]:
-        groups = layer_groups(self.adapter, unit, blocks, skip_roles=self.skip_roles)
-        activation = {group.name: self.activation_spec(group) for group in groups}
-        return assembled(unit, blocks, nearest_layers(groups, self.weight, activation))
-
-    def open_next(self) -> None:
-        """Opens unit `index`: records the teacher on it and registers its layers."""
-        started = time.monotonic()
-        unit = self.units[self.index]
-        blocks = [self.adapter.block(name, self._device_of_run) for name in unit.blocks]
-        groups = layer_groups(self.adapter, unit, blocks, skip_roles=self.skip_roles)
-        opened = OpenUnit(unit, groups, blocks, UnitRecord(), {}, [])
-        self.frontier.record(blocks, lambda sample: self._observed(opened, sample))
-        opened.record.reduce()
-        opened.layers = self.open_unit(opened)
-        opened.student_blocks = assembled(unit, blocks, opened.layers)
-        for name, layer in opened.layers.items():
-            self.quantizers[name.replace(".", "/")] = layer
-        self.quantizers.to(self._device_of_run)
-        self.opened, self._opened_at = opened, started
-
-    @contextmanager
-    def _observed(self, unit: OpenUnit, sample: int):  # noqa: ANN202 (contextmanager)
-        firsts = {group.name: next(iter(group.linears.values())) for group in unit.groups}
-        with ExitStack() as stack:
-            names: Iterable[str] = firsts if self.wants_gram else ()
-            stack.enter_context(recorded_inputs(firsts, unit.record, with_gram=names))
-            if self.wants_attention:
-                stack.enter_context(stage_data.recorded_salience(self, unit, sample))
-            yield
-
-    # Lightning ------------------------------------------------------------------------------
-
     @property
     def finished_steps(self) -> int:
         """Optimizer steps done in the open unit."""
         return self.trainer.global_step - self.first_step
+
+    def setup(self, stage: str) -> None:
+        """Lightning: ranks and data are known, no checkpoint is read yet."""
+        if not self.units:
+            self.prepare()
+            self.units = self.partition()
+        if stage != "fit" or self.fingerprint:
+            return
+        refuse_unsafe_trainer(self.trainer, type(self).__name__)
+        data: CalibrationData = self.trainer.datamodule  # type: ignore[attr-defined]
+        chosen = data.calibration_set
+        self.seconds["calibration"] = data.seconds
+        self.fingerprint = resume.fingerprint(self, chosen.fingerprint)
+        self.sample_count = len(chosen.samples)
+        rows = chosen.samples[0]["timestep"].shape[0]
+        size = self.adapter.stream_bytes(rows, self.run_device)
+        needed = needed_bytes(size, self.sample_count, len(chosen.held_out))
+        mark = resume.digest(self.fingerprint)
+        store = stream_store(self.memory, needed, self.run_device, self.root, mark)
+        self.frontier = Frontier(
+            self.adapter, chosen.samples, chosen.held_out, store, self.run_device
+        )
+        self.compiled = walk.compiles(self)
+        if self.compiled:
+            self._run_learning = torch.compile(stage_data.run_learning, dynamic=False)
 
     def train_dataloader(self) -> Any:
         """Batches of sample indices for the open unit; empty when none is left."""
@@ -340,10 +284,9 @@ class Reconstruction(LightningModule):
         """One optimizer over the open unit's groups, a schedule function per group."""
         if self.index == len(self.units):
             return None
-        if self.opened is None:
-            self.start_streams()
-            self.open_next()
-        assert self.opened is not None
+        if self.opened is None:  # a fresh start; a resumed run has opened its unit already
+            walk.start_streams(self)
+            self.opened = walk.open_unit(self)
         groups = self.parameter_groups(self.opened)
         self._trained = [p for group in groups for p in group["params"]]
         if not groups:
@@ -358,90 +301,18 @@ class Reconstruction(LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
-    def training_step(self, batch: list[int], batch_idx: int) -> Tensor:
-        """Gradient of the mean loss over the global batch, kept for `backward`.
-
-        Each sample is differentiated alone and the gradients are added in float64, which loses
-        nothing: the step is the same bit for bit however samples are dealt over processes.
-        """
-        if not self._trained:
-            return torch.zeros((), device=self.device, requires_grad=True)
-        assert self.opened is not None
-        progress = batch_idx / self.stage_steps
-        total: Tensor | None = None
-        for sample in batch:
-            terms = self._sample_terms(sample, batch_idx)
-            flat = self._flat_gradient(terms)
-            total = flat if total is None else total.add_(flat)
-        assert total is not None
-        mean = ranks.total(total).div_(self.batch_size)
-        extra = self.regularizer(self.opened, progress)
-        if extra:
-            mean[: mean.numel() - len(terms)] += self._flat_gradient(extra)[: -len(extra)]
-        values = dict(zip(terms, mean[-len(terms) :].float(), strict=True)) | {
-            name: term.detach() for name, term in extra.items()
-        }
-        loss = torch.stack(list(values.values())).sum()
-        self._refuse_nan(mean, loss, batch_idx)
-        self._gradient = mean
-        named = {f"recon/{name}": value for name, value in values.items()}
-        self.log_dict({"recon/loss": loss, **named}, batch_size=self.batch_size)
-        return loss
-
-    def _sample_terms(self, sample: int, step: int) -> dict[str, Tensor]:
-        assert self.opened is not None
-        state = stage_data.input_state(self, sample, step)
-        student = self._run_student(self.adapter, self.opened.student_blocks, state)
-        return self.unit_loss(self.adapter.tokens(student), self.frontier.target(sample), sample)
-
-    def _flat_gradient(self, terms: Mapping[str, Tensor]) -> Tensor:
-        """Gradients of the sum of `terms`, then the terms themselves, float64, one vector."""
-        loss = torch.stack(list(terms.values())).sum()
-        gradients = torch.autograd.grad(loss, self._trained, materialize_grads=True)
-        values = [term.detach().reshape(1) for term in terms.values()]
-        return torch.cat([*(g.flatten() for g in gradients), *values]).double()
-
-    def _refuse_nan(self, mean: Tensor, loss: Tensor, step: int) -> None:
-        # Asking costs a device synchronisation, so accelerators are asked only when they log.
-        if self.device.type != "cpu" and step % self.trainer.log_every_n_steps:
-            return
-        if not (mean.isfinite().all() and loss.isfinite()):
-            raise NumericsError(
-                f"The loss or a gradient of unit {self.units[self.index].name} is NaN or Inf at "
-                f"step {step}. The last checkpoint is good: lower the learning rates and start "
-                "anew, or look at the unit's inputs."
-            )
-
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Hands the averaged gradients of `training_step` to the parameters."""
-        if self._gradient is None:
-            return
-        offset = 0
-        for parameter in self._trained:
-            part = self._gradient[offset : offset + parameter.numel()]
-            parameter.grad = part.view_as(parameter).to(parameter.dtype)
-            offset += parameter.numel()
-        self._gradient = None
-
     def on_train_epoch_end(self) -> None:
         """Closes the unit, advances the streams, opens the next one."""
-        unit, steps = self.units[self.index], self.stage_steps
+        assert self.opened is not None
+        unit, steps = self.opened.unit, self.stage_steps
         if self.finished_steps != steps:
             raise ConfigError(
                 f"Unit {unit.name} ended after {self.finished_steps} of {steps} steps: a trainer "
                 "setting or a callback stopped its epoch. Remove it; to stop a run, send SIGTERM."
             )
-        assert self.opened is not None
-        self.close_unit(self.opened)
-        self.quantizers.to(self._device_of_run)
-        nearest = self._nearest(unit, self.opened.teacher_blocks)
-        errors = self.frontier.advance(self.opened.student_blocks, nearest)
-        seconds = time.monotonic() - self._opened_at
+        self.history.append(walk.close_unit(self, self.opened))
+        self.seconds["reconstruction"] += self.history[-1]["seconds"]
         self.opened = None
-        self.history.append(
-            {"error_before": errors["nearest"], "error_after": errors["student"], "seconds": seconds}
-        )
-        self.seconds["reconstruction"] += seconds
         self.index += 1
         self.first_step = self.trainer.global_step
         if self.index == len(self.units):
@@ -449,8 +320,52 @@ class Reconstruction(LightningModule):
             self.frontier.close()
             self.trainer.should_stop = True
             return
-        self.open_next()
+        self.opened = walk.open_unit(self)
         self.trainer.strategy.setup_optimizers(self.trainer)
+
+    # Lightning: the steps -------------------------------------------------------------------------
+
+    def training_step(self, batch: list[int], batch_idx: int) -> Tensor:
+        """Mean loss of the global batch; its gradient is kept for `backward`.
+
+        Each sample is differentiated alone and the gradients are added in float64, which loses
+        nothing: the step is the same bit for bit however samples are dealt over processes.
+        """
+        assert self.opened is not None
+        if not self._trained:
+            return torch.zeros((), device=self.device, requires_grad=True)
+        total: Step | None = None
+        for sample in batch:
+            state = stage_data.input_state(self, sample, batch_idx)
+            student = self._run_learning(
+                self.adapter, self.opened.student_blocks, self.opened.transforms, state
+            )
+            tokens = self.adapter.tokens(student)
+            terms = self.unit_loss(tokens, self.frontier.target(sample), sample)
+            step = flat_gradient(terms, self._trained)
+            total = step if total is None else total.add(step)
+        assert total is not None
+        mean = averaged(total, self.batch_size)
+        extra = self.regularizer(self.opened, batch_idx / self.stage_steps)
+        if extra:
+            mean = mean.with_terms(flat_gradient(extra, self._trained))
+        loss = mean.loss
+        # Asking costs a device synchronisation, so accelerators are asked only when they log.
+        if self.run_device.type == "cpu" or batch_idx % self.trainer.log_every_n_steps == 0:
+            refuse_nan(mean, self.opened.unit.name, batch_idx)
+        self._gradient = mean.gradient
+        self.opened.note_loss(loss)
+        named = {f"recon/{name}": value for name, value in mean.terms.items()}
+        self.log_dict({"recon/loss": loss, **named}, batch_size=self.batch_size)
+        return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Hands the averaged gradient of `training_step` to the parameters."""
+        if self._gradient is not None:
+            hand_out(self._gradient, self._trained)
+            self._gradient = None
+
+    # Lightning: checkpoints -----------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds where the run stands; primitives only, so that nothing needs unpickling."""
@@ -460,20 +375,28 @@ class Reconstruction(LightningModule):
         """Takes up the structure the checkpoint was saved with; Lightning's load is then strict."""
         resume.restore(self, checkpoint)
 
-    # Sampling -------------------------------------------------------------------------------
+    # Lightning: sampling --------------------------------------------------------------------------
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Videos of teacher, round-to-nearest and quantised network for the same seeds."""
+        """As `test_step`."""
         return self.test_step(batch, batch_idx)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Videos of teacher, round-to-nearest and quantised network for the same seeds."""
+        """Samples of teacher, round-to-nearest and quantised network for the same seeds."""
         from recon.engine.sampling import sample  # it pulls in the pipelines
 
         return sample(self, batch, ("full_precision", "round_to_nearest", "quantized"))
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Videos of the quantised network."""
+        """Samples of the quantised network."""
         from recon.engine.sampling import sample
 
         return sample(self, batch, ("quantized",))
+
+    def layers_of(self, unit: Unit) -> dict[str, QuantLinear]:
+        """The registered layers inside a unit's blocks, by full dotted name."""
+        prefixes = tuple(f"{name}." for name in unit.blocks)
+        named = ((key.replace("/", "."), layer) for key, layer in self.quantizers.items())
+        return {n: q for n, q in named if n.startswith(prefixes) and isinstance(q, QuantLinear)}
+
+

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 import recon
+from recon.engine import walk
 from recon.engine.assembly import adopted
 from recon.engine.fingerprint import refuse_difference, settings
 from recon.errors import CheckpointMismatch
@@ -83,7 +84,6 @@ def restore(module: "Reconstruction", checkpoint: dict[str, Any]) -> None:
     state: dict[str, Tensor] = checkpoint["state_dict"]
     _adopt_closed(module, state)
     if not fitting:
-        module.fingerprint_of_run = saved["fingerprint"]
         checkpoint["state_dict"] = {
             key: tensor for key, tensor in state.items() if key in module.state_dict()
         }
@@ -93,8 +93,8 @@ def restore(module: "Reconstruction", checkpoint: dict[str, Any]) -> None:
     if module.index == len(units):
         module.trainer.should_stop = True
         return
-    module.start_streams()
-    module.open_next()
+    walk.start_streams(module)
+    module.opened = walk.open_unit(module)
 
 
 def refuse_unclosed(checkpoint: dict[str, Any]) -> None:
@@ -128,7 +128,7 @@ def _adopt_closed(module: "Reconstruction", state: dict[str, Tensor]) -> None:
                 if group.role in module.skip_roles:
                     continue
                 groups.append([f"{block}.{name}" for name in group.linears])
-                spec = module.activation_spec_of_role(group.role)
+                spec = module.activation_spec(group.role)
                 activation |= dict.fromkeys(groups[-1], spec)
             linears = {f"{block}.{name}": shape for name, shape in shapes.items()}
             layers = adopted(tensors, linears, groups, module.weight, activation)

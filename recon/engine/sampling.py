@@ -67,6 +67,6 @@ def _nearest(module: "Reconstruction", whole: nn.Module) -> dict[str, QuantLinea
     for name in module.adapter.block_names:
         unit, blocks = Unit(name, (name,)), [whole.get_submodule(name)]
         groups = layer_groups(module.adapter, unit, blocks, skip_roles=module.skip_roles)
-        activation = {group.name: module.activation_spec(group) for group in groups}
+        activation = {group.name: module.activation_spec(group.role) for group in groups}
         layers |= nearest_layers(groups, module.weight, activation)
     return layers

@@ -11,6 +11,7 @@ from torch import nn
 from recon.calibration.attention import AttentionColumnSums
 from recon.engine.unit import OpenUnit
 from recon.errors import CapabilityMissing
+from recon.layers.transform import InputTransform
 from recon.models.adapter import ExposesAttention, ModelAdapter, missing_attributes
 from recon.types import State
 
@@ -25,9 +26,27 @@ def seeded(text: str) -> torch.Generator:
 
 
 def run_blocks(adapter: ModelAdapter, blocks: Sequence[nn.Module], state: State) -> State:
-    """The state that leaves `blocks`; the function that is compiled."""
+    """The state that leaves `blocks`."""
     for block in blocks:
         state = adapter.forward_block(block, state)
+    return state
+
+
+def run_learning(
+    adapter: ModelAdapter,
+    blocks: Sequence[nn.Module],
+    transforms: Sequence[InputTransform],
+    state: State,
+) -> State:
+    """`run_blocks` while the unit learns; the function that is compiled.
+
+    The factors of each transform are computed once, whatever the number of linears that share it.
+    """
+    for transform in transforms:
+        transform.begin()
+    state = run_blocks(adapter, blocks, state)
+    for transform in transforms:
+        transform.end()
     return state
 
 

@@ -1,11 +1,13 @@
 """Units and what is at hand while one of them is open."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 
 from recon.calibration.statistics import UnitRecord
 from recon.layers.quant_linear import QuantLinear
+from recon.layers.transform import InputTransform
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,22 @@ class OpenUnit:
     groups: list[LayerGroup]
     teacher_blocks: list[nn.Module]
     record: UnitRecord
-    layers: dict[str, QuantLinear]
-    """Filled from what the method's `open_unit` returns, by full dotted name."""
-    student_blocks: list[nn.Module]
+    layers: dict[str, QuantLinear] = field(default_factory=dict)
+    """What the method's `open_unit` returned, by full dotted name."""
+    student_blocks: list[nn.Module] = field(default_factory=list)
     """Copies of the teacher's blocks around `layers`; everything else is shared."""
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    """`first` and `last` loss seen by this process."""
+    started: float = 0.0
+    """Monotonic seconds."""
+
+    @cached_property
+    def transforms(self) -> list[InputTransform]:
+        """The distinct input transforms of the layers."""
+        found = (layer.transform for layer in self.layers.values())
+        return list(dict.fromkeys(t for t in found if t is not None))
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Remembers the first and the newest loss, without asking the device for them."""
+        self.losses.setdefault("first", loss)
+        self.losses["last"] = loss

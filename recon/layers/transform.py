@@ -38,6 +38,7 @@ class InputTransform(nn.Module):
         else:
             self.register_buffer("channel_scale", channel_scale)
         self.kronecker = kronecker
+        self._ready: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.register_buffer("left", None)
         self.register_buffer("right", None)
 
@@ -50,12 +51,25 @@ class InputTransform(nn.Module):
         transform.left, transform.right = left, right
         return transform
 
+    def begin(self) -> None:
+        """Computes the learned factors once, for all that share them, until `end`."""
+        if self.kronecker is not None:
+            self._ready = self.kronecker.all_factors()
+
+    def end(self) -> None:
+        """Forgets what `begin` computed: the next step has other parameters."""
+        self._ready = None
+
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        assert self.kronecker is not None
+        return self._ready or self.kronecker.all_factors()
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Transformed input, same shape [..., channels]."""
         if self.channel_scale is not None:
             inputs = inputs * self.channel_scale
         if self.kronecker is not None:
-            return apply_kronecker(inputs, *self.kronecker.factors())
+            return apply_kronecker(inputs, *self._factors()[:2])
         if self.left is not None and self.right is not None:
             return apply_kronecker(inputs, self.left, self.right)
         return inputs
@@ -65,7 +79,7 @@ class InputTransform(nn.Module):
         if self.channel_scale is not None:
             weight = weight / self.channel_scale
         if self.kronecker is not None:
-            weight = apply_kronecker(weight, *self.kronecker.inverse_transposed_factors())
+            weight = apply_kronecker(weight, *self._factors()[2:])
         return weight
 
     @torch.no_grad()

@@ -53,7 +53,7 @@ class AdaRound(Reconstruction):
                 scale = absmax_scale(absmax * mse_clip_ratio(weight, self.weight), self.weight)
                 rounding = AdaptiveRounding(weight, scale, self.weight)
                 layers[name] = QuantLinear(
-                    module, self.weight, self.activation_spec(group), rounding=rounding
+                    module, self.weight, self.activation_spec(group.role), rounding=rounding
                 )
         return layers
 

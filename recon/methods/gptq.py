@@ -13,7 +13,10 @@ class GPTQ(Reconstruction):
     also records it; the paper's is that of the quantised prefix.
     """
 
-    wants_gram = True
+    @property
+    def wants_gram(self) -> bool:
+        """The Hessian."""
+        return True
 
     def close_unit(self, unit: OpenUnit) -> None:
         """Codes of every layer from its weight and the Gram matrix of its inputs."""

@@ -126,12 +126,12 @@ class S2QVDiT(Reconstruction):
         self._token_weights: dict[int, Tensor] = {}
 
     @property
-    def wants_gram(self) -> bool:  # type: ignore[override]  # a class attribute in the base
+    def wants_gram(self) -> bool:
         """GPTQ's Hessian is the Gram matrix of the inputs, moved through the transform."""
         return self.gptq
 
     @property
-    def wants_attention(self) -> bool:  # type: ignore[override]  # a class attribute in the base
+    def wants_attention(self) -> bool:
         """Equal weights need no attention."""
         return self.std.lambda_min != self.std.lambda_max
 
@@ -163,7 +163,7 @@ class S2QVDiT(Reconstruction):
                 layers[name] = QuantLinear(
                     module,
                     self.weight,
-                    self.activation_spec(group),
+                    self.activation_spec(group.role),
                     transform=transform,
                     rounding=rounding,
                     learn_activation_clip=self.learn_activation_clip,

@@ -39,6 +39,6 @@ class SmoothQuant(Reconstruction):
             transform = InputTransform(scale, learn_scale=False)
             for name, module in group.linears.items():
                 layers[name] = QuantLinear(
-                    module, self.weight, self.activation_spec(group), transform=transform
+                    module, self.weight, self.activation_spec(group.role), transform=transform
                 )
         return layers

@@ -1,0 +1,73 @@
+"""One optimizer step's gradient, the same bit for bit for any number of processes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recon.calibration import ranks
+from recon.errors import NumericsError
+
+
+@dataclass(frozen=True)
+class Step:
+    """A sum (or mean) over samples, in float64."""
+
+    gradient: Tensor
+    """Of all parameters, in one vector."""
+    terms: dict[str, Tensor]
+    """Of the loss, scalars."""
+
+    @property
+    def loss(self) -> Tensor:
+        """Sum of the terms, float32."""
+        return torch.stack(list(self.terms.values())).sum().float()
+
+    def add(self, other: "Step") -> "Step":
+        """Adds another sample's, in place where it is large."""
+        terms = {name: value + other.terms[name] for name, value in self.terms.items()}
+        return Step(self.gradient.add_(other.gradient), terms)
+
+    def with_terms(self, other: "Step") -> "Step":
+        """Adds terms of other names."""
+        return Step(self.gradient.add_(other.gradient), {**self.terms, **other.terms})
+
+
+def flat_gradient(terms: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> Step:
+    """Gradient of the sum of `terms`; frees their graph."""
+    loss = torch.stack(list(terms.values())).sum()
+    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    flat = torch.cat([gradient.flatten() for gradient in gradients]).double()
+    return Step(flat, {name: term.detach().double() for name, term in terms.items()})
+
+
+def averaged(total: Step, batch: int) -> Step:
+    """Mean over the global batch, from this process's sum over its share."""
+    values = torch.stack(list(total.terms.values()))
+    vector = ranks.total(torch.cat([total.gradient, values])).div_(batch)
+    count = len(total.terms)
+    terms = dict(zip(total.terms, vector[-count:].unbind(), strict=True))
+    return Step(vector[:-count], terms)
+
+
+def hand_out(gradient: Tensor, parameters: Sequence[Tensor]) -> None:
+    """Sets the `grad` of every parameter from one vector."""
+    offset = 0
+    for parameter in parameters:
+        part = gradient[offset : offset + parameter.numel()]
+        parameter.grad = part.view_as(parameter).to(parameter.dtype)
+        offset += parameter.numel()
+
+
+def refuse_nan(step: Step, unit: str, number: int) -> None:
+    """Does nothing for a finite step.
+
+    Raises:
+        NumericsError: Loss or gradient is NaN or Inf.
+    """
+    if not (step.gradient.isfinite().all() and step.loss.isfinite()):
+        raise NumericsError(
+            f"The loss or a gradient of unit {unit} is NaN or Inf at step {number}. The last "
+            "checkpoint is good: lower the learning rates and start anew, or look at the inputs."
+        )

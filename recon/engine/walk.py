@@ -1,0 +1,94 @@
+"""Opening, closing and replaying units: the walk of both networks through the blocks."""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from recon.calibration.statistics import UnitRecord, recorded_inputs
+from recon.engine import stage_data
+from recon.engine.assembly import assembled, compile_pays, layer_groups, nearest_layers
+from recon.engine.unit import OpenUnit, Unit
+
+if TYPE_CHECKING:
+    from recon.engine.reconstruction import Reconstruction
+
+
+def start_streams(module: "Reconstruction") -> None:
+    """Brings the streams in front of unit `index`; closed units are replayed if they must be."""
+    if module.frontier.start(module.index):
+        return
+    rank_zero_info(f"Replaying {module.index} closed units to rebuild their activations.")
+    for unit in module.units[: module.index]:
+        blocks = _blocks(module, unit)
+        module.frontier.record(blocks)
+        students = assembled(unit, blocks, module.layers_of(unit))
+        module.frontier.advance(students, _nearest(module, unit, blocks))
+
+
+def open_unit(module: "Reconstruction") -> OpenUnit:
+    """Records the teacher on unit `index`, asks the method for its layers and registers them."""
+    started = time.monotonic()
+    unit = module.units[module.index]
+    blocks = _blocks(module, unit)
+    groups = layer_groups(module.adapter, unit, blocks, skip_roles=module.skip_roles)
+    opened = OpenUnit(unit, groups, blocks, UnitRecord(), started=started)
+    module.frontier.record(blocks, lambda sample: _observed(module, opened, sample))
+    opened.record.reduce()
+    opened.layers = module.open_unit(opened)
+    opened.student_blocks = assembled(unit, blocks, opened.layers)
+    for name, layer in opened.layers.items():
+        module.quantizers[name.replace(".", "/")] = layer
+    module.quantizers.to(module.run_device)
+    return opened
+
+
+def close_unit(module: "Reconstruction", opened: OpenUnit) -> dict[str, float]:
+    """Lets the method close the unit, then advances the streams past it; the unit's results."""
+    module.close_unit(opened)
+    module.quantizers.to(module.run_device)
+    nearest = _nearest(module, opened.unit, opened.teacher_blocks)
+    errors = module.frontier.advance(opened.student_blocks, nearest)
+    return {
+        "error_before": errors["nearest"],
+        "error_after": errors["student"],
+        **{f"loss_{name}": float(value) for name, value in opened.losses.items()},
+        "seconds": time.monotonic() - opened.started,
+    }
+
+
+def compiles(module: "Reconstruction") -> bool:
+    """Whether the unit's forward will be compiled."""
+    if module.compile_choice != "auto":
+        return bool(module.compile_choice)
+    unit = module.units[0]
+    shapes = [s for name in unit.blocks for s in module.adapter.linear_shapes(name).values()]
+    state = module.adapter.embed(module.frontier.sample(0), module.run_device)
+    tokens = module.adapter.tokens(state).shape[:2].numel() * module.batch_size
+    steps = module.stage_steps * len(module.units)
+    weights = sum(out * in_ for out, in_ in shapes)
+    return compile_pays(module.run_device, weights, tokens, steps)
+
+
+def _blocks(module: "Reconstruction", unit: Unit) -> list[nn.Module]:
+    return [module.adapter.block(name, module.run_device) for name in unit.blocks]
+
+
+def _nearest(module: "Reconstruction", unit: Unit, blocks: list[nn.Module]) -> list[nn.Module]:
+    groups = layer_groups(module.adapter, unit, blocks, skip_roles=module.skip_roles)
+    activation = {group.name: module.activation_spec(group.role) for group in groups}
+    return assembled(unit, blocks, nearest_layers(groups, module.weight, activation))
+
+
+@contextmanager
+def _observed(module: "Reconstruction", opened: OpenUnit, sample: int) -> Iterator[None]:
+    firsts = {group.name: next(iter(group.linears.values())) for group in opened.groups}
+    with ExitStack() as stack:
+        gram = firsts if module.wants_gram else ()
+        stack.enter_context(recorded_inputs(firsts, opened.record, with_gram=gram))
+        if module.wants_attention:
+            stack.enter_context(stage_data.recorded_salience(module, opened, sample))
+        yield
