@@ -69,7 +69,7 @@ class ReconCLI(LightningCLI):
         if self.subcommand == "fit":
             kwargs["limit_val_batches"] = 0  # videos are not sampled between units
         if given["logger"] is None:
-            kwargs["logger"] = self._loggers(root)
+            kwargs["logger"] = self._loggers(root) or False
         trainer = super().instantiate_trainer(
             **kwargs, strategy=strategy, plugins=[*(given["plugins"] or []), AtomicCheckpointIO()]
         )
@@ -87,7 +87,8 @@ class ReconCLI(LightningCLI):
             )
 
     def _loggers(self, root: Path) -> list[Any]:
-        loggers: list[Any] = [RunCSVLogger(root / "metrics.csv")]
+        # metrics.csv is the fit's; an evaluation writes its own json file.
+        loggers: list[Any] = [RunCSVLogger(root / "metrics.csv")] if self.subcommand == "fit" else []
         if self._get(self.config_init, "wandb"):
             loggers.append(self._wandb(root))
         return loggers

@@ -5,7 +5,7 @@ import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel, DiffusionPipeline
 
 from recon import zoo
-from recon.zoo import measure, train, video_teacher, video_training, world
+from recon.zoo import measure, train, video_denoiser, video_teacher, world
 
 MEGABYTE = 1_000_000
 
@@ -64,26 +64,27 @@ def test_latents_have_unit_variance_and_the_autoencoder_keeps_the_scene(
     numbers = measure.reconstruction(pipeline, seed=3, count=24)
     assert numbers["vae_psnr"] >= 28
     assert numbers["vae_all"] >= 0.9
-    latents = video_training.encode(pipeline.vae, world.random_scenes(seed=3, count=24))
+    latents = video_denoiser.encode(world.random_scenes(seed=3, count=24))
     assert latents.shape == (24, 5, 4, 14, 16)
     assert float(latents.std()) == pytest.approx(1, abs=0.15)
 
 
 def test_an_unknown_teacher_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="no embedded teacher 'audio'. Choose one of video"):
+    with pytest.raises(ValueError, match=r"no embedded teacher 'audio'. Choose one of video"):
         zoo.folder("audio")
 
 
 def test_a_missing_folder_names_the_command_that_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zoo, "__file__", "/nowhere/__init__.py")
-    with pytest.raises(FileNotFoundError, match="python -m recon.zoo.train video"):
+    with pytest.raises(FileNotFoundError, match=r"python -m recon.zoo.train video"):
         zoo.folder("video")
 
 
 def test_the_recipe_writes_a_folder_that_samples(tmp_path: Path) -> None:
     out = tmp_path / "teacher"
-    few = "--crop-steps 1 --full-steps 1 --vae-batch 1 --scenes 4 --steps 2 --batch 2"
-    train.main(["video", "--out", str(out), *few.split()])
+    decoder = "--crop-steps 1 --full-steps 1 --decoder-batch 1"
+    denoiser = "--scenes 4 --near-steps 1 --steps 1 --batch 2"
+    train.main(["video", "--out", str(out), *decoder.split(), *denoiser.split()])
     untrained = video_teacher.load(out)
     videos = measure.sample(untrained, ["a red circle moving left"], seed=0, steps=2)
     assert videos.shape == (1, world.FRAMES, 3, world.HEIGHT, world.WIDTH)

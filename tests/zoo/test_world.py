@@ -55,9 +55,7 @@ def test_every_shape_has_the_area_of_its_circle(shape: str) -> None:
 def test_shapes_move_as_told_and_stay_in_the_picture(motion: str) -> None:
     step_x, step_y = world.MOTIONS[motion]
     for seed in range(20):
-        scene = world.random_scene(
-            world.Attributes("red", "triangle", motion), random.Random(seed)
-        )
+        scene = world.random_scene(world.Attributes("red", "triangle", motion), random.Random(seed))
         video = world.draw(scene)
         red = (video[:, 0] - video[:, 1]) > 0.3
         assert not red[:, [0, -1]].any()
@@ -86,5 +84,5 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
 
 def test_a_picture_too_small_for_the_path_is_refused() -> None:
     attributes = world.Attributes("red", "circle", "left")
-    with pytest.raises(ValueError, match="side of 24 pixels.*Enlarge the picture"):
+    with pytest.raises(ValueError, match=r"side of 24 pixels.*Enlarge the picture"):
         world.random_scene(attributes, random.Random(0), width=24)
