@@ -165,11 +165,11 @@ class ReconCLI(LightningCLI):
 
     def validate(self, **kwargs: Any) -> None:
         """Lightning's validate, on the newest checkpoint unless one is named."""
-        self._evaluate(self.trainer.validate, kwargs)
+        self._evaluate(self.trainer.validate, {**kwargs, "verbose": False})
 
     def test(self, **kwargs: Any) -> None:
         """Lightning's test, on the newest checkpoint unless one is named."""
-        self._evaluate(self.trainer.test, kwargs)
+        self._evaluate(self.trainer.test, {**kwargs, "verbose": False})
 
     def predict(self, **kwargs: Any) -> None:
         """Lightning's predict, on the newest checkpoint unless one is named."""
