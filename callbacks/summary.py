@@ -21,6 +21,12 @@ class RunSummary(Callback):
     def __init__(self) -> None:
         self._started = time.monotonic()
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning: a checkpoint is restored; of a finished run nothing but this is called."""
+        assert isinstance(pl_module, Reconstruction)
+        if not (pl_module.root / "summary.json").exists():  # killed before it was written
+            self.on_train_end(trainer, pl_module)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning: no unit is left (or the run is being stopped: then nothing is written)."""
         assert isinstance(pl_module, Reconstruction)

@@ -30,7 +30,7 @@ Observe = Callable[[int], AbstractContextManager[None]]
 
 @dataclass
 class BlockForwards:
-    """Forwards of a single block for a single sample, by this process."""
+    """Forwards of a single block for a single sample, over a run and what it had to repeat."""
 
     teacher: int = 0
     student: int = 0
@@ -72,6 +72,11 @@ class Frontier:
     def _mine(index: int) -> bool:
         return index % ranks.world() == ranks.rank()
 
+    def _everywhere(self, mine: bool) -> bool:
+        # Streams lost by one process alone are replayed by all: replaying reduces errors.
+        lost = torch.tensor(0 if mine else 1, device=self.device)
+        return int(ranks.maximum(lost)) == 0
+
     def sample(self, index: int) -> Sample:
         """The network's arguments of a sample."""
         count = len(self._samples)
@@ -80,7 +85,7 @@ class Frontier:
     @torch.no_grad()
     def start(self, boundary: int = 0) -> bool:
         """Fills the streams at `boundary`; False where they must be replayed from the start."""
-        restored = boundary > 0 and self._store.restorable(boundary, STREAMS)
+        restored = boundary > 0 and self._everywhere(self._store.restorable(boundary, STREAMS))
         self.boundary = boundary if restored else 0
         for index in self.calibration + self.held_out:
             state = self._adapter.embed(self.sample(index), self.device)

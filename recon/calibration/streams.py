@@ -93,7 +93,7 @@ class DiskStreams(StreamStore):
     def __init__(self, folder: Path, fingerprint: str, budget: int) -> None:
         self._folder, self._fingerprint, self._budget = folder, fingerprint, budget
         self._sums: dict[tuple[int, str], dict[str, str]] = {}
-        self._bytes: dict[int, int] = {}
+        self._bytes: dict[tuple[int, str], int] = {}
 
     def _place(self, boundary: int, stream: str) -> Path:
         return self._folder / f"boundary={boundary:03d}" / stream
@@ -122,8 +122,9 @@ class DiskStreams(StreamStore):
                 f"Writing {size:,} bytes to {shard} failed: {error}. Free disk space, or lower "
                 "memory.disk so that the run refuses up front, and continue with --ckpt_path last."
             ) from error
-        self._bytes[boundary] = self._bytes.get(boundary, 0) + size
-        self._sums.setdefault((boundary, stream), {})[shard.name] = _checksum(shard)
+        key = (boundary, stream)
+        self._bytes[key] = self._bytes.get(key, 0) + size
+        self._sums.setdefault(key, {})[shard.name] = _checksum(shard)
 
     def get(self, boundary: int, stream: str, sample: int, device: torch.device) -> State:
         """See `StreamStore.get`; the shard is memory-mapped, read as it is used."""
@@ -137,6 +138,7 @@ class DiskStreams(StreamStore):
         content = {
             "fingerprint": self._fingerprint,
             "shards": self._sums.get((boundary, stream), {}),
+            "bytes": self._bytes.get((boundary, stream), 0),
         }
         marker.parent.mkdir(parents=True, exist_ok=True)
         aside = marker.with_suffix(".partial")
@@ -145,6 +147,7 @@ class DiskStreams(StreamStore):
 
     def restorable(self, boundary: int, streams: tuple[str, ...]) -> bool:
         """Whether every stream has a marker of this run and shards with the noted checksums."""
+        found = {}
         for stream in streams:
             marker = self._marker(boundary, stream)
             if not marker.exists():
@@ -157,8 +160,8 @@ class DiskStreams(StreamStore):
             )
             if not intact:
                 return False
-            sizes = ((place / name).stat().st_size for name in content["shards"])
-            self._bytes[boundary] = self._bytes.get(boundary, 0) + sum(sizes)
+            found[boundary, stream] = content["bytes"]
+        self._bytes |= found
         return True
 
     def drop_before(self, boundary: int) -> None:
@@ -167,7 +170,8 @@ class DiskStreams(StreamStore):
             number = int(folder.name.removeprefix("boundary="))
             if number < boundary - 1:
                 shutil.rmtree(folder)
-                self._bytes.pop(number, None)
+        kept = self._bytes.items()
+        self._bytes = {key: size for key, size in kept if key[0] >= boundary - 1}
 
     def close(self) -> None:
         """Removes the folder."""

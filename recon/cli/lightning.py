@@ -21,6 +21,7 @@ from recon.cli.arguments import run_name
 from recon.engine.checkpoint_io import AtomicCheckpointIO
 from recon.engine.checkpoints import examined, written
 from recon.engine.data import CalibrationData
+from recon.engine.loader import refuse_uneven
 from recon.engine.reconstruction import Reconstruction
 from recon.engine.settings import refuse_unsafe_trainer
 from recon.engine.strategy import ReconStrategy
@@ -118,6 +119,8 @@ class ReconCLI(LightningCLI):
         data.check(module.adapter)
         root = Path(self.trainer.default_root_dir)
         device = self.trainer.strategy.root_device
+        processes = self.trainer.num_devices * self.trainer.num_nodes
+        refuse_uneven(data.sample_counts[0], module.batch_size, processes)
         module.check_budget(*data.sample_counts, root, device)
         self._checkpoint = self._resolved(required=False)
         if self._checkpoint is None:

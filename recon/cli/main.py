@@ -18,6 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             compare(given[1:])
             return
+        if given[:1] == ["bench-step"]:
+            from recon.cli.bench_step import bench_step
+
+            bench_step(given[1:])
+            return
         # Lightning and torch take seconds to import: `compare --help` need not wait for them.
         from recon.cli.lightning import run
 

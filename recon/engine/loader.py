@@ -9,6 +9,24 @@ from torch.utils.data import DataLoader, Sampler
 from recon.errors import ConfigError
 
 
+def refuse_uneven(size: int, batch: int, world: int) -> None:
+    """Does nothing if batches of `batch` out of `size` samples divide among `world` processes.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    if batch % world:
+        raise ConfigError(
+            f"batch_size {batch} does not divide among {world} processes. Set "
+            f"model.batch_size to a multiple of {world}, or fewer trainer.devices."
+        )
+    if size < batch:
+        raise ConfigError(
+            f"{size} calibration samples cannot fill a batch of {batch}. Lower "
+            "model.batch_size or raise data.sds.top_k."
+        )
+
+
 class StageSampler(Sampler[list[int]]):
     """Indices of this process's samples, step by step.
 
@@ -33,16 +51,7 @@ class StageSampler(Sampler[list[int]]):
     def __init__(
         self, *, size: int, batch: int, steps: int, seed: int, stage: int, rank: int, world: int
     ) -> None:
-        if batch % world:
-            raise ConfigError(
-                f"batch_size {batch} does not divide among {world} processes. Set "
-                f"model.batch_size to a multiple of {world}, or fewer trainer.devices."
-            )
-        if size < batch:
-            raise ConfigError(
-                f"{size} calibration samples cannot fill a batch of {batch}. Lower "
-                "model.batch_size or raise data.sds.top_k."
-            )
+        refuse_uneven(size, batch, world)
         self._size, self._batch, self._steps = size, batch, steps
         self._seed, self._stage, self._rank, self._world = seed, stage, rank, world
         self.start = 0

@@ -65,7 +65,7 @@ def write_native(module: "Reconstruction", folder: Path) -> None:
         "recon": recon.__version__,
         "method": type(module).__name__,
         "adapter": f"{type(adapter).__module__}.{type(adapter).__qualname__}",
-        "dtype": str(adapter.compute_dtype(module.device)).removeprefix("torch."),
+        "dtype": str(adapter.compute_dtype(module.run_device)).removeprefix("torch."),
         "weight": asdict(module.weight),
         "layers": {
             name: {

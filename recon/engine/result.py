@@ -78,6 +78,4 @@ def summary(module: "Reconstruction", total_seconds: float) -> dict[str, Any]:
         "peak_memory_bytes": {"host": 1024 * kilobytes, "device": device},
         "size_bytes": size_bytes(module),
         "error": module.final_error,
-        "unit_errors": module.history,
-        "fingerprint": module.fingerprint,
     }

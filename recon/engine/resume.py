@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 import recon
+from recon.calibration.frontier import BlockForwards
 from recon.engine import walk
 from recon.engine.assembly import adopted
 from recon.engine.fingerprint import refuse_difference, settings
@@ -52,6 +54,7 @@ def progress(module: "Reconstruction") -> dict[str, Any]:
         "history": module.history,
         "seconds": module.seconds,
         "final_error": module.final_error,
+        "forwards": asdict(module.frontier.forwards),
     }
 
 
@@ -90,6 +93,7 @@ def restore(module: "Reconstruction", checkpoint: dict[str, Any]) -> None:
         if module.index < len(units):
             rank_zero_info(f"{module.index} of {len(units)} units are quantised so far.")
         return
+    module.frontier.forwards = BlockForwards(**saved["forwards"])
     if module.index == len(units):
         module.trainer.should_stop = True
         return

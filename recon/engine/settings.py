@@ -15,8 +15,10 @@ def refuse_unsafe_trainer(trainer: Trainer, method: str) -> None:
         ConfigError: A setting cuts a stage short, feeds it another stage's data, or lets
             processes drift apart. Source: Lightning 2.6.6, where each of them is silent.
     """
-    fit = trainer.fit_loop
+    fit, processes = trainer.fit_loop, trainer.num_devices * trainer.num_nodes
     rules = [
+        # First: it sets several of the others.
+        ("fast_dev_run", trainer.fast_dev_run, not trainer.fast_dev_run, _CUT),
         (
             "reload_dataloaders_every_n_epochs",
             trainer.reload_dataloaders_every_n_epochs,
@@ -28,16 +30,23 @@ def refuse_unsafe_trainer(trainer: Trainer, method: str) -> None:
         (
             "limit_train_batches",
             trainer.limit_train_batches,
-            trainer.limit_train_batches in (1.0, None),
+            # The whole number 1 is one batch, the fraction 1.0 all of them.
+            trainer.limit_train_batches is None
+            or (isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches == 1),
             _CUT,
         ),
         ("overfit_batches", trainer.overfit_batches, trainer.overfit_batches == 0, _CUT),
-        ("fast_dev_run", trainer.fast_dev_run, not trainer.fast_dev_run, _CUT),
         (
             "accumulate_grad_batches",
             trainer.accumulate_grad_batches,
             trainer.accumulate_grad_batches == 1,
             "schedules would reach half their course; write 1 and set model.batch_size",
+        ),
+        (
+            "use_distributed_sampler",
+            True,
+            processes == 1 or not trainer._accelerator_connector.use_distributed_sampler,
+            "the engine deals the samples itself; write false",
         ),
         (
             "precision",

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from recon.quantizers.affine import (
     absmax_scale,
+    check_group_size,
     dequantize,
     fake_quantize,
     weight_range,
@@ -23,7 +24,8 @@ class NearestRounding(nn.Module):
     Args:
         rows: Number of output rows of the weight.
         spec: Grid of the weight.
-        learn_clip: Whether each row learns the shares of its maximum and minimum that are kept.
+        learn_clip: Whether each row learns the shares of its maximum and minimum that are kept;
+            the groups of a row, where there are any, have them in common.
 
     Source: FlatQuant's learnable weight clipping, which S²Q-VDiT trains at ten times the rate of
     the transforms.
@@ -41,8 +43,10 @@ class NearestRounding(nn.Module):
         if self.clip_logits is None:
             return absmax_scale(weight_range(weight, self.spec), self.spec)
         kept = self.clip_logits.sigmoid()
-        upper = weight.amax(dim=1, keepdim=True).clamp(min=0) * kept[:, :1]  # over channels
-        lower = weight.amin(dim=1, keepdim=True).clamp(max=0) * kept[:, 1:]
+        check_group_size(weight.shape[-1], self.spec)
+        parts = weight.unflatten(1, (-1, self.spec.group_size or weight.shape[-1]))
+        upper = parts.amax(dim=-1).clamp(min=0) * kept[:, :1]  # over the channels of a group
+        lower = parts.amin(dim=-1).clamp(max=0) * kept[:, 1:]
         return absmax_scale(torch.maximum(upper, -lower), self.spec)
 
     def forward(self, weight: Tensor) -> Tensor:
