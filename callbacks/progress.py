@@ -102,7 +102,7 @@ class UnitProgress(ProgressBar):
                 )
         self._reported = len(pl_module.history)
 
-    def _fields(self, trainer: Trainer, module: Reconstruction) -> dict[str, str]:
+    def _fields(self, trainer: Trainer, module: Reconstruction) -> dict[str, Any]:
         steps, total = module.stage_steps, len(module.units) * module.stage_steps
         done = trainer.global_step - self._first_step
         pace = (time.monotonic() - self._started) / done if done else 0.0

@@ -61,7 +61,9 @@ class VideoCalibration(CalibrationData):
             the embedded world).
         test_seed: Draws the noise of evaluation videos, and the embedded world's prompts.
         test_batch_size: Prompts per evaluation batch.
-        stale: What to do with a set in the run folder that was made for another configuration or
+        folder: Where the set is kept; null: `calibration` in the run folder. Runs that share a
+            folder share the set: methods are compared on the same samples, sampled once.
+        stale: What to do with a set in that folder that was made for another configuration or
             teacher, or is damaged: refuse it, or build a new one in its place.
 
     Raises:
@@ -84,6 +86,7 @@ class VideoCalibration(CalibrationData):
         num_test_prompts: int | None = 20,
         test_seed: int = 0,
         test_batch_size: int = 4,
+        folder: str | None = None,
         stale: Literal["refuse", "rebuild"] = "refuse",
     ) -> None:
         super().__init__()
@@ -94,7 +97,7 @@ class VideoCalibration(CalibrationData):
         self.held_out_prompts, self.held_out_samples = held_out_prompts, held_out_samples
         self.test_prompts, self.num_test_prompts = test_prompts, num_test_prompts
         self.test_seed, self.test_batch_size = test_seed, test_batch_size
-        self.stale = stale
+        self.folder, self.stale = folder, stale
         self._set: CalibrationSet | None = None
         self._check_numbers()
 
@@ -209,7 +212,7 @@ class VideoCalibration(CalibrationData):
             self.seconds = time.monotonic() - started
 
     def calibrate(self, adapter: ModelAdapter, root: Path, device: torch.device) -> CalibrationSet:
-        """The set in `<root>/calibration`, made if it is not there. All ranks call this.
+        """The set in `folder`, or `<root>/calibration`, made if not there. All ranks call this.
 
         Raises:
             ConfigError: As `check`; or the run folder cannot be written.
@@ -218,7 +221,7 @@ class VideoCalibration(CalibrationData):
             NumericsError: The teacher's sampling gave NaN or Inf.
         """
         self.check(adapter)
-        folder = root / "calibration"
+        folder = root / "calibration" if self.folder is None else Path(self.folder)
         present = folder.exists()
         ranks.barrier()  # rank 0 must not finish a set before another has looked for it
         plan = self.plan()

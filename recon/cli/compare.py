@@ -20,7 +20,12 @@ ROWS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("seconds", "summary.json", ("seconds", "total"), "{:.0f}"),
     ("bytes of quantised linears", "summary.json", ("size_bytes", "quantized"), "{:,}"),
     ("paired PSNR, dB", "test.json", ("paired", "psnr"), "{:.2f}"),
-    ("paired PSNR, dB, round to nearest", "test.json", ("paired_round_to_nearest", "psnr"), "{:.2f}"),
+    (
+        "paired PSNR, dB, round to nearest",
+        "test.json",
+        ("paired_round_to_nearest", "psnr"),
+        "{:.2f}",
+    ),
     ("paired SSIM", "test.json", ("paired", "ssim"), "{:.4f}"),
     ("oracle, all right, teacher", "test.json", ("full_precision", "all"), "{:.3f}"),
     ("oracle, all right, quantised", "test.json", ("quantized", "all"), "{:.3f}"),

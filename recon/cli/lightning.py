@@ -1,6 +1,8 @@
 """LightningCLI with the settings the engine needs, and refusals before anything is written."""
 
+import logging
 import os
+import secrets
 import sys
 import warnings
 from pathlib import Path
@@ -89,16 +91,16 @@ class ReconCLI(LightningCLI):
 
     def _loggers(self, root: Path) -> list[Any]:
         # metrics.csv is the fit's; an evaluation writes its own json file.
-        loggers: list[Any] = [RunCSVLogger(root / "metrics.csv")] if self.subcommand == "fit" else []
+        loggers: list[Any] = (
+            [RunCSVLogger(root / "metrics.csv")] if self.subcommand == "fit" else []
+        )
         if self._get(self.config_init, "wandb"):
             loggers.append(self._wandb(root))
         return loggers
 
     def _wandb(self, root: Path) -> WandbLogger:
-        import wandb
-
         noted = root / "wandb" / "run_id"
-        identity = noted.read_text().strip() if noted.exists() else wandb.util.generate_id()
+        identity = noted.read_text().strip() if noted.exists() else secrets.token_hex(4)
         self._wandb_note = (noted, identity)
         online = os.environ.get("WANDB_MODE", "online") == "online" and _has_key()
         return WandbLogger(
@@ -131,6 +133,12 @@ class ReconCLI(LightningCLI):
             noted, identity = self._wandb_note
             noted.parent.mkdir(parents=True, exist_ok=True)
             noted.write_text(identity)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning: no hyper-parameters are read from a checkpoint, ours hold none.
+
+        Its own would read the whole file, damaged or not, and let it win over the command line.
+        """
 
     def _parts(self) -> tuple[Reconstruction, CalibrationData]:
         assert isinstance(self.model, Reconstruction)
@@ -193,8 +201,19 @@ def _has_key() -> bool:
     return bool(wandb.api.api_key)
 
 
+class _Chatter(logging.Filter):
+    """Drops Lightning's lines about hardware that is not there and products that are not used."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the line is shown."""
+        dropped = ("💡", "GPU available", "TPU available", "HPU available", "Seed set")
+        return not record.getMessage().startswith(dropped)
+
+
 def run(arguments: list[str]) -> None:
     """Parses `arguments` and runs the command they name."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(_Chatter())
     warnings.filterwarnings("ignore", message=".*in eval mode.*")  # the teacher belongs there
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # indices only
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -208,6 +227,7 @@ def run(arguments: list[str]) -> None:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,
+        parser_kwargs={"exit_on_error": False},  # recon.cli.main prints what went wrong
         save_config_callback=SavedConfig,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from recon.cli.arguments import with_run_folder
-from recon.errors import ReconError
+from recon.cli.failures import sentence
 
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -18,6 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             compare(given[1:])
             return
+        if given[:1] == ["table"]:
+            from recon.cli.table import table
+
+            table(given[1:])
+            return
         if given[:1] == ["bench-step"]:
             from recon.cli.bench_step import bench_step
 
@@ -27,5 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from recon.cli.lightning import run
 
         run(with_run_folder(given))
-    except ReconError as error:
-        sys.exit(f"recon: {error}")
+    except Exception as error:
+        said = sentence(error)
+        if said is None:
+            raise
+        sys.stderr.write(f"recon: {said}\n")
+        sys.exit(2)

@@ -90,9 +90,7 @@ def adopted(
         transform: InputTransform | None = None
         for name in names:
             prefix = f"{name}."
-            tensors = {
-                k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)
-            }
+            tensors = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
             if transform is None and any(key.startswith("transform.") for key in tensors):
                 parts = (tensors.get(f"transform.{p}") for p in ("channel_scale", "left", "right"))
                 transform = InputTransform.closed(*parts)

@@ -33,9 +33,7 @@ def examined(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointMismatch(f"There is no checkpoint {path}. Check --ckpt_path.")
     try:
-        content: dict[str, Any] = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=True
-        )
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise CheckpointMismatch(
             f"{path} ({path.stat().st_size:,} bytes) cannot be read, it is damaged or cut short: "

@@ -1,12 +1,12 @@
 """`quantized/`: the lossless form of a result, which loads with neither teacher nor data.
 
-    config.json             the network's own configuration
-    network.safetensors     every tensor that is not quantised: embedders, norms, biases, head
-    quantized.safetensors   per layer `codes` (int32, packed), `scale`, and where there is one
-                            `activation_clip`; per group of layers that share an input the
-                            transform's `channel_scale`, `left`, `right`, under its first layer
-    manifest.json           method, bits and error, shapes and owner of each layer, fingerprint;
-                            written last, with a checksum of the other files
+config.json             the network's own configuration
+network.safetensors     every tensor that is not quantised: embedders, norms, biases, head
+quantized.safetensors   per layer `codes` (int32, packed), `scale`, and where there is one
+`activation_clip`; per group of layers that share an input the
+transform's `channel_scale`, `left`, `right`, under its first layer
+manifest.json           method, bits and error, shapes and owner of each layer, fingerprint;
+written last, with a checksum of the other files
 """
 
 import hashlib

@@ -29,6 +29,9 @@ from recon.models.adapter import ModelAdapter
 from recon.quantizers.spec import QuantSpec
 from recon.types import State
 
+LOOK_EVERY = 10
+"""Steps between two looks at whether an accelerator's loss is finite."""
+
 DEFAULT_WEIGHT = QuantSpec(num_bits=4, strategy="channel")
 DEFAULT_ACTIVATION = QuantSpec(num_bits=6, strategy="token", dynamic=True)
 
@@ -141,13 +144,15 @@ class Reconstruction(LightningModule):
         return {}
 
     def parameter_groups(self, unit: OpenUnit) -> list[dict[str, Any]]:
-        """What learns: optimizer groups with `name`, `params`, `lr` and `schedule` (progress →
-        factor); empty for a method without gradients."""
+        """Optimizer groups of what learns; empty for a method without gradients.
+
+        Each has `name`, `params`, `lr` and `schedule`, which maps progress to a factor of lr.
+        """
         return []
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer over `groups`."""
-        return torch.optim.Adam(groups)
+        return torch.optim.Adam(groups, fused=True)
 
     def close_unit(self, unit: OpenUnit) -> None:
         """Turns every layer of the unit into codes; default: what its rounding says."""
@@ -189,6 +194,8 @@ class Reconstruction(LightningModule):
             raise ConfigError(f"model.batch_size must be at least 1, got {self.batch_size}.")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"model.threads must be at least 1 or null, got {self.threads}.")
+        if self.wants_attention:
+            stage_data.exposed_attention(self)
         self.adapter.check()
 
     def check_budget(
@@ -292,8 +299,7 @@ class Reconstruction(LightningModule):
         if not groups:
             return None
         steps = self.stage_steps
-        schedules = [group.pop("schedule") for group in groups]
-        factors = [lambda step, f=f: f(min(step / steps, 1.0)) for f in schedules]
+        factors = [walk.factor(group.pop("schedule"), steps) for group in groups]
         optimizer = self.optimizer(groups)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {
@@ -351,7 +357,7 @@ class Reconstruction(LightningModule):
             mean = mean.with_terms(flat_gradient(extra, self._trained))
         loss = mean.loss
         # Asking costs a device synchronisation, so accelerators are asked only when they log.
-        if self.run_device.type == "cpu" or batch_idx % self.trainer.log_every_n_steps == 0:
+        if self.run_device.type == "cpu" or batch_idx % LOOK_EVERY == 0:
             refuse_nan(mean, self.opened.unit.name, batch_idx)
         self._gradient = mean.gradient
         self.opened.note_loss(loss)
@@ -398,5 +404,3 @@ class Reconstruction(LightningModule):
         prefixes = tuple(f"{name}." for name in unit.blocks)
         named = ((key.replace("/", "."), layer) for key, layer in self.quantizers.items())
         return {n: q for n, q in named if n.startswith(prefixes) and isinstance(q, QuantLinear)}
-
-

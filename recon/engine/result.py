@@ -61,7 +61,8 @@ def summary(module: "Reconstruction", total_seconds: float) -> dict[str, Any]:
     samples = len(module.frontier.calibration) + len(module.frontier.held_out)
     forwards = module.frontier.forwards
     kilobytes = sum(
-        resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return {

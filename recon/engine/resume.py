@@ -51,6 +51,9 @@ def progress(module: "Reconstruction") -> dict[str, Any]:
         "units": [unit.name for unit in module.units],
         "steps": module.stage_steps,
         "fingerprint": module.fingerprint,
+        "losses": {name: float(loss) for name, loss in module.opened.losses.items()}
+        if module.opened
+        else {},
         "history": module.history,
         "seconds": module.seconds,
         "final_error": module.final_error,
@@ -99,6 +102,7 @@ def restore(module: "Reconstruction", checkpoint: dict[str, Any]) -> None:
         return
     walk.start_streams(module)
     module.opened = walk.open_unit(module)
+    module.opened.losses = {name: torch.tensor(loss) for name, loss in saved["losses"].items()}
 
 
 def refuse_unclosed(checkpoint: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from recon.engine.assembly import layer_groups, nearest_layers
+from recon.engine.assembly import layer_groups, linear, nearest_layers
 from recon.engine.unit import Unit
 from recon.layers.quant_linear import QuantLinear
 from recon.layers.tree import replace
@@ -55,8 +55,8 @@ def network(module: "Reconstruction", form: Form, device: torch.device) -> nn.Mo
     else:
         return whole
     for name, layer in layers.items():
-        bias = whole.get_submodule(name).bias
-        layer.bias = None if bias is None else bias.detach()  # type: ignore[union-attr]
+        bias = linear(whole, name).bias
+        layer.bias = None if bias is None else bias.detach()
         layer.to(device)
         layer.keep_resident(dtype)
     return replace(whole, layers).eval()

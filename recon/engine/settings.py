@@ -17,12 +17,13 @@ def refuse_unsafe_trainer(trainer: Trainer, method: str) -> None:
     """
     fit, processes = trainer.fit_loop, trainer.num_devices * trainer.num_nodes
     rules = [
-        # First: it sets several of the others.
+        # These two first: they set others of the settings below.
         ("fast_dev_run", trainer.fast_dev_run, not trainer.fast_dev_run, _CUT),
+        ("overfit_batches", trainer.overfit_batches, trainer.overfit_batches == 0, _CUT),
         (
             "reload_dataloaders_every_n_epochs",
-            trainer.reload_dataloaders_every_n_epochs,
-            trainer.reload_dataloaders_every_n_epochs == 1,
+            reload_every,
+            reload_every == 1,
             "every stage needs its own samples; write 1",
         ),
         ("max_epochs", fit.max_epochs, fit.max_epochs == -1, "stages would be missing; write -1"),
@@ -32,10 +33,11 @@ def refuse_unsafe_trainer(trainer: Trainer, method: str) -> None:
             trainer.limit_train_batches,
             # The whole number 1 is one batch, the fraction 1.0 all of them.
             trainer.limit_train_batches is None
-            or (isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches == 1),
+            or (
+                isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches == 1
+            ),
             _CUT,
         ),
-        ("overfit_batches", trainer.overfit_batches, trainer.overfit_batches == 0, _CUT),
         (
             "accumulate_grad_batches",
             trainer.accumulate_grad_batches,

@@ -69,9 +69,12 @@ def input_state(module: "Reconstruction", sample: int, step: int) -> State:
     return student
 
 
-@contextmanager
-def recorded_salience(module: "Reconstruction", unit: OpenUnit, sample: int) -> Iterator[None]:
-    """Keeps the attention column sums of the forward run inside, [batch, tokens], on the CPU."""
+def exposed_attention(module: "Reconstruction") -> ExposesAttention:
+    """The adapter, as one that exposes its attention.
+
+    Raises:
+        CapabilityMissing: It does not.
+    """
     adapter = module.adapter
     if not isinstance(adapter, ExposesAttention):
         raise CapabilityMissing(
@@ -79,6 +82,13 @@ def recorded_salience(module: "Reconstruction", unit: OpenUnit, sample: int) -> 
             f"does not expose. Implement {', '.join(missing_attributes(adapter, ExposesAttention))}"
             " or set std.lambda_min to 1."
         )
+    return adapter
+
+
+@contextmanager
+def recorded_salience(module: "Reconstruction", unit: OpenUnit, sample: int) -> Iterator[None]:
+    """Keeps the attention column sums of the forward run inside, [batch, tokens], on the CPU."""
+    adapter = exposed_attention(module)
     real = adapter.attention_tokens(module.frontier.state("teacher", sample))
     with AttentionColumnSums(real.shape[1], real) as sums:
         yield

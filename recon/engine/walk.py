@@ -1,7 +1,7 @@
 """Opening, closing and replaying units: the walk of both networks through the blocks."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -58,6 +58,11 @@ def close_unit(module: "Reconstruction", opened: OpenUnit) -> dict[str, float]:
         **{f"loss_{name}": float(value) for name, value in opened.losses.items()},
         "seconds": time.monotonic() - opened.started,
     }
+
+
+def factor(schedule: Callable[[float], float], steps: int) -> Callable[[int], float]:
+    """A schedule over progress in [0, 1] as one over `steps` optimizer steps."""
+    return lambda step: schedule(min(step / steps, 1.0))
 
 
 def compiles(module: "Reconstruction") -> bool:

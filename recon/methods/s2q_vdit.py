@@ -109,8 +109,8 @@ class S2QVDiT(Reconstruction):
         learn_activation_clip: bool = True,
         gptq: bool = True,
         gptq_damping: float = 0.01,
-        std: SparseTokenDistillation = SparseTokenDistillation(),  # noqa: B008 (frozen)
-        rotation: Rotation = Rotation(),  # noqa: B008 (frozen)
+        std: SparseTokenDistillation = SparseTokenDistillation(),
+        rotation: Rotation = Rotation(),
         inputs: Literal["full_precision", "quantised", "mix"] = "full_precision",
         **kwargs: Any,
     ) -> None:
@@ -138,9 +138,17 @@ class S2QVDiT(Reconstruction):
     def check(self) -> None:
         """Adds to the base: every width must have a split."""
         super().check()
+        widths = set()
         for block in self.adapter.block_names[:1]:
             for name, (_, width) in self.adapter.linear_shapes(block).items():
+                widths.add(width)
                 self._split(width, name)
+        unknown = set(self.rotation.splits or {}) - widths
+        if unknown:
+            raise ConfigError(
+                f"model.rotation.splits names the widths {sorted(unknown)}, but the linears are "
+                f"{sorted(widths)} wide. Remove them, or name one of these."
+            )
 
     def unit_steps(self, samples: int) -> int:
         """Every sample `epochs` times."""
@@ -200,14 +208,13 @@ class S2QVDiT(Reconstruction):
         """λ of every token, [batch, tokens], from the teacher's attention column sums (eq. 11)."""
         std, state = self.std, self.frontier.state("teacher", sample)
         streams = self.adapter.token_streams(state)
-        weights = token_weights(
+        return token_weights(
             unit.record.salience[sample],
             std.lambda_min,
             std.lambda_max,
             groups=list(streams.values()) if std.norm_over == "per_stream" else None,
             clip_percentile=std.clip_percentile,
         )
-        return weights
 
     def unit_loss(self, student: Tensor, teacher: Tensor, sample: int) -> dict[str, Tensor]:
         """L_quant = 1/n Σ_j λ_j ‖f_FP(x)_j − f_Q(x)_j‖² (eq. 10), a mean over channels."""
@@ -243,7 +250,7 @@ class S2QVDiT(Reconstruction):
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """AdamW. Source: app. A."""
-        return torch.optim.AdamW(groups)
+        return torch.optim.AdamW(groups, fused=True)
 
     # Closing: fold, then round once -----------------------------------------------------------
 
