@@ -103,11 +103,9 @@ def _call(arguments: list[str], root: Path) -> None:
     log = root / f"{arguments[0]}.log"
     with log.open("w") as file:
         command = [sys.executable, "-m", "recon", *arguments]
-        code = subprocess.run(
-            command, stdout=file, stderr=subprocess.STDOUT, env=os.environ
-        ).returncode
-    if code:
-        raise ReconError(f"`recon {arguments[0]}` of {root.name} ended with {code}. Read {log}.")
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise ReconError(f"`recon {arguments[0]}` of {root.name} failed. Read {log}.")
 
 
 def markdown(

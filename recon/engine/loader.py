@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from recon.errors import ConfigError
 
@@ -74,7 +74,7 @@ class StageSampler(Sampler[list[int]]):
         return slot + self._batch * int(order[position])
 
 
-class StageLoader(DataLoader[list[int]]):
+class StageLoader(DataLoader[int]):
     """Batches of sample indices; its two state methods make Lightning save its position.
 
     Args:
@@ -96,11 +96,8 @@ class StageLoader(DataLoader[list[int]]):
         self._sampler.start = state["done"]
 
 
-class _Indices:
+class _Indices(Dataset[int]):
     """A dataset whose items are their own indices: activations are fetched by the engine."""
 
     def __getitem__(self, index: int) -> int:
         return index
-
-    def __len__(self) -> int:
-        return 0  # never asked: the batch sampler knows the length

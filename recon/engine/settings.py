@@ -1,5 +1,7 @@
 """Trainer settings under which a run would end normally with wrong contents."""
 
+from typing import Any
+
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, OnExceptionCheckpoint, Timer
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -8,13 +10,14 @@ from recon.engine.strategy import ReconStrategy
 from recon.errors import ConfigError
 
 
-def refuse_unsafe_trainer(trainer: Trainer, method: str) -> None:
+def refuse_unsafe_trainer(owner: Trainer, method: str) -> None:
     """Does nothing if every stage of `trainer.fit` will run whole, on its own data, in step.
 
     Raises:
         ConfigError: A setting cuts a stage short, feeds it another stage's data, or lets
             processes drift apart. Source: Lightning 2.6.6, where each of them is silent.
     """
+    trainer: Any = owner  # the connectors set half of its attributes, unseen by type checkers
     fit, processes = trainer.fit_loop, trainer.num_devices * trainer.num_nodes
     rules = [
         # These two first: they set others of the settings below.
@@ -22,8 +25,8 @@ def refuse_unsafe_trainer(trainer: Trainer, method: str) -> None:
         ("overfit_batches", trainer.overfit_batches, trainer.overfit_batches == 0, _CUT),
         (
             "reload_dataloaders_every_n_epochs",
-            reload_every,
-            reload_every == 1,
+            trainer.reload_dataloaders_every_n_epochs,
+            trainer.reload_dataloaders_every_n_epochs == 1,
             "every stage needs its own samples; write 1",
         ),
         ("max_epochs", fit.max_epochs, fit.max_epochs == -1, "stages would be missing; write -1"),
