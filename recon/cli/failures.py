@@ -4,7 +4,13 @@ import argparse
 
 from recon.errors import ReconError
 
-_NOISE = ("Does not validate against", "Given value", "- Expected a <class 'NoneType'>")
+_NOISE = (
+    "Does not validate against",
+    "Given value",
+    "Expected a <class 'NoneType'>",
+    "Subtypes:",
+    "Errors:",
+)
 """Beginnings of lines in which jsonargparse describes itself, not the mistake."""
 
 
@@ -20,7 +26,7 @@ def sentence(error: BaseException) -> str | None:
             return str(cause)
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, argparse.ArgumentError):
-        lines = [line.strip() for line in str(error.message).splitlines()]
+        lines = [line.strip().removeprefix("- ") for line in str(error.message).splitlines()]
         kept = [line for line in lines if line and not line.startswith(_NOISE)]
         return f"{' '.join(kept)}. `recon fit --help` and `--model.help CLASS` list what there is."
     return None

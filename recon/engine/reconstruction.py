@@ -93,6 +93,8 @@ class Reconstruction(LightningModule):
         first and last loss, seconds."""
         self.seconds = {"calibration": 0.0, "reconstruction": 0.0}
         self.final_error: dict[str, float] = {}
+        self.forwards: dict[str, int] = {}
+        """Block forwards of this process until the open unit was opened, by stream."""
         self.fingerprint: dict[str, Any] = {}
         self.compiled = False
         self.pipelines: dict[str, Any] = {}
@@ -318,6 +320,7 @@ class Reconstruction(LightningModule):
             )
         self.history.append(walk.close_unit(self, self.opened))
         self.seconds["reconstruction"] += self.history[-1]["seconds"]
+        self.forwards = vars(self.frontier.forwards).copy()
         self.opened = None
         self.index += 1
         self.first_step = self.trainer.global_step

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 import recon
+from recon.calibration.frontier import BlockForwards
 from recon.calibration.frontier import BlockForwards
 from recon.engine import walk
 from recon.engine.assembly import adopted
@@ -57,7 +57,7 @@ def progress(module: "Reconstruction") -> dict[str, Any]:
         "history": module.history,
         "seconds": module.seconds,
         "final_error": module.final_error,
-        "forwards": asdict(module.frontier.forwards),
+        "forwards": module.forwards,
     }
 
 
@@ -86,7 +86,7 @@ def restore(module: "Reconstruction", checkpoint: dict[str, Any]) -> None:
     refuse_unclosed(checkpoint)
     module.index, module.first_step = saved["index"], saved["first_step"]
     module.history, module.seconds = saved["history"], saved["seconds"]
-    module.final_error = saved["final_error"]
+    module.final_error, module.forwards = saved["final_error"], saved["forwards"]
     state: dict[str, Tensor] = checkpoint["state_dict"]
     _adopt_closed(module, state)
     if not fitting:
@@ -96,11 +96,13 @@ def restore(module: "Reconstruction", checkpoint: dict[str, Any]) -> None:
         if module.index < len(units):
             rank_zero_info(f"{module.index} of {len(units)} units are quantised so far.")
         return
-    module.frontier.forwards = BlockForwards(**saved["forwards"])
+    if module.index < len(units):
+        walk.start_streams(module)
+    # Replaying is no part of what the run costs uninterrupted.
+    module.frontier.forwards = BlockForwards(**module.forwards)
     if module.index == len(units):
         module.trainer.should_stop = True
         return
-    walk.start_streams(module)
     module.opened = walk.open_unit(module)
     module.opened.losses = {name: torch.tensor(loss) for name, loss in saved["losses"].items()}
 

@@ -63,7 +63,7 @@ def refuse_unsafe_trainer(owner: Trainer, method: str) -> None:
     for key, value, allowed, remedy in rules:
         if not allowed:
             raise ConfigError(f"trainer.{key} is {value}: {remedy}.")
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by the Trainer
+    for callback in trainer.callbacks:
         if isinstance(callback, EarlyStopping | Timer | OnExceptionCheckpoint):
             raise ConfigError(
                 f"The callback {type(callback).__name__} (trainer.max_time adds a Timer) would "
