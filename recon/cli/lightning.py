@@ -1,12 +1,14 @@
 """LightningCLI with the settings the engine needs, and refusals before anything is written."""
 
 import logging
+import netrc
 import os
 import secrets
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -196,9 +198,14 @@ class ReconCLI(LightningCLI):
 
 
 def _has_key() -> bool:
-    import wandb
-
-    return bool(wandb.api.api_key)
+    """Whether the user has given W&B a key; asking wandb itself would open a prompt."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 class _Chatter(logging.Filter):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 import recon
 from recon.calibration.frontier import BlockForwards
-from recon.calibration.frontier import BlockForwards
 from recon.engine import walk
 from recon.engine.assembly import adopted
 from recon.engine.fingerprint import refuse_difference, settings
