@@ -1,5 +1,10 @@
 """recon: post-training quantisation of diffusion transformers and vision-language models."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from recon.engine.native import load as load
+
 __version__ = "0.1.0"
 
 

@@ -1,9 +1,11 @@
 """What came out of a run, in numbers."""
 
 import resource
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from recon.calibration import ranks
 from recon.layers.quant_linear import QuantLinear
@@ -40,13 +42,13 @@ def network_error(module: "Reconstruction") -> dict[str, float]:
     }
 
 
-def size_bytes(module: "Reconstruction") -> dict[str, int]:
-    """Bytes of the quantised linears: weights at 16 bits, and everything that replaces them.
+def linear_bytes(layers: Iterable[nn.Module]) -> dict[str, int]:
+    """Bytes of quantised linears: weights at 16 bits, and everything that replaces them.
 
     Counted are codes, step sizes, transforms (once per group) and clips; biases are in neither.
     """
     full, seen, quantized = 0, set[int](), 0
-    for layer in module.quantizers.values():
+    for layer in layers:
         assert isinstance(layer, QuantLinear)
         full += 2 * layer.in_features * layer.out_features
         for tensor in layer.state_dict(keep_vars=True).values():
@@ -77,6 +79,6 @@ def summary(module: "Reconstruction", total_seconds: float) -> dict[str, Any]:
         "block_forwards_per_sample": (forwards.teacher + forwards.student) / max(samples, 1),
         "seconds": {**module.seconds, "total": total_seconds},
         "peak_memory_bytes": {"host": 1024 * kilobytes, "device": device},
-        "size_bytes": size_bytes(module),
+        "size_bytes": linear_bytes(module.quantizers.values()),
         "error": module.final_error,
     }

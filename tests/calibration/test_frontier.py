@@ -1,6 +1,5 @@
 """The carried streams: what they hold, what they cost, and what they refuse."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def test_a_whole_fit_costs_two_block_forwards_per_block_and_sample(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     counter = Counter(monkeypatch)
-    more = {"epochs": 1} if method is S2QVDiT else {}
+    more: dict[str, Any] = {"epochs": 1} if method is S2QVDiT else {}
     module = method(adapter=CogVideoX(str(teacher)), threads=1, compile=False, **more)
     fit(tmp_path, module, samples)
     count, depth = SAMPLES + HELD_OUT, 3
@@ -147,7 +146,9 @@ def test_nan_in_a_latent_names_boundary_and_sample(adapter: CogVideoX) -> None:
     made = [tiny_sample(config, seed=seed) for seed in range(3)]
     made[1] = spoiled(made[1])
     front = Frontier(adapter, made[:2], made[2:], MemoryStreams(CPU), CPU)
-    with pytest.raises(NumericsError, match="teacher stream holds NaN or Inf at boundary 0, sample 1"):
+    with pytest.raises(
+        NumericsError, match="teacher stream holds NaN or Inf at boundary 0, sample 1"
+    ):
         front.start()
 
 
@@ -184,8 +185,8 @@ def test_streams_lost_by_another_process_are_replayed_by_all(
 
 
 @pytest.fixture
-def linears() -> Iterator[dict[str, nn.Linear]]:
-    yield {"a": nn.Linear(4, 3), "b": nn.Linear(4, 2)}
+def linears() -> dict[str, nn.Linear]:
+    return {"a": nn.Linear(4, 3), "b": nn.Linear(4, 2)}
 
 
 def test_maxima_and_gram_run_over_all_samples(linears: dict[str, nn.Linear]) -> None:
@@ -200,7 +201,9 @@ def test_maxima_and_gram_run_over_all_samples(linears: dict[str, nn.Linear]) -> 
     assert torch.equal(record.absmax["b"], rows.abs().amax(0))
     assert set(record.gram) == {"a"}
     assert record.gram["a"].dtype == torch.float64
-    torch.testing.assert_close(record.gram["a"], rows.double().T @ rows.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        record.gram["a"], rows.double().T @ rows.double(), rtol=1e-5, atol=1e-5
+    )
     assert not linears["a"]._forward_pre_hooks
 
 
@@ -234,5 +237,3 @@ def test_the_state_carries_conditioning_of_its_own_sample(adapter: CogVideoX) ->
     states: list[State] = [front.state("teacher", index) for index in (0, 1)]
     assert not torch.equal(states[0]["temb"], states[1]["temb"])
     assert torch.equal(states[0]["temb"], adapter.embed(early, CPU)["temb"])
-
-

@@ -143,7 +143,9 @@ def test_a_budget_that_is_exceeded_names_the_field(tmp_path: Path) -> None:
     store = DiskStreams(tmp_path / "streams", "a run", 3 * SIZE)
     for sample in range(3):
         store.put(0, "teacher", sample, state(sample))
-    with pytest.raises(BudgetError, match=r"memory\.disk \(.* bytes\) at 00003.*Raise memory\.disk"):
+    with pytest.raises(
+        BudgetError, match=r"memory\.disk \(.* bytes\) at 00003.*Raise memory\.disk"
+    ):
         store.put(0, "teacher", 3, state(3))
 
 
@@ -203,5 +205,7 @@ def test_the_first_place_with_room_is_taken(tmp_path: Path) -> None:
 
 def test_streams_that_fit_nowhere_name_every_field(tmp_path: Path) -> None:
     budget = MemoryBudget(device=0, ram=10, disk="100")
-    with pytest.raises(BudgetError, match=r"memory\.ram allows 10 of 4,000.*disk allows 100 of 6,0"):
+    with pytest.raises(
+        BudgetError, match=r"memory\.ram allows 10 of 4,000.*disk allows 100 of 6,0"
+    ):
         budget.place({"device": 4000, "ram": 4000, "disk": 6000}, CPU, tmp_path)

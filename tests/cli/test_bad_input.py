@@ -63,9 +63,7 @@ def test_an_empty_prompt_file(recon: Call, pipeline: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut short"])
-def test_weights_that_are_damaged(
-    damage: str, recon: Call, pipeline: Path, tmp_path: Path
-) -> None:
+def test_weights_that_are_damaged(damage: str, recon: Call, pipeline: Path, tmp_path: Path) -> None:
     shutil.copytree(pipeline, tmp_path / "teacher")
     (weights,) = (tmp_path / "teacher" / "transformer").glob("*.safetensors")
     if damage == "missing":
@@ -198,13 +196,9 @@ def test_a_fault_of_the_program_keeps_its_trace() -> None:
 
 
 def test_our_errors_are_found_in_the_chain_of_causes() -> None:
-    try:
-        try:
-            raise ConfigError("the rule")
-        except ConfigError as inner:
-            raise ValueError("the parser's own") from inner
-    except ValueError as outer:
-        assert sentence(outer) == "the rule"
+    outer = ValueError("the parser's own")
+    outer.__cause__ = ConfigError("the rule")
+    assert sentence(outer) == "the rule"
 
 
 @pytest.mark.slow

@@ -26,13 +26,17 @@ def test_a_run_leaves_its_configuration_its_results_and_its_metrics(finished_run
 
 
 def test_last_without_a_checkpoint_says_that_it_starts_anew(
-    recon: Call, pipeline: Path, finished_run: Path, tmp_path: Path
+    recon: Call,
+    pipeline: Path,
+    finished_run: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     root = with_calibration(tmp_path / "run", finished_run)
     more = ("--model.epochs", "1", "--ckpt_path", "last")
-    status, printed = recon(fit_arguments(root, pipeline, *more))
+    status, _ = recon(fit_arguments(root, pipeline, *more))
     assert status == 0
-    assert f"No checkpoint in {root}: starting anew." in printed
+    assert f"No checkpoint in {root}: starting anew." in caplog.text
     assert codes(root) == codes(finished_run)
 
 
@@ -68,9 +72,7 @@ def test_the_folder_is_named_after_the_first_configuration() -> None:
     assert run_name(["fit"]) == "unnamed"
 
 
-def test_compare_prints_runs_side_by_side(
-    recon: Call, finished_run: Path, tmp_path: Path
-) -> None:
+def test_compare_prints_runs_side_by_side(recon: Call, finished_run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     content = json.loads((finished_run / "summary.json").read_text())

@@ -44,7 +44,9 @@ def test_two_processes_leave_the_bytes_of_one(method: str, pipeline: Path, tmp_p
     # The selection too: every score and the reason of every choice.
     chosen = [json.loads((r / "calibration" / "calibration.json").read_text()) for r in roots]
     assert chosen[0]["scores"] == chosen[1]["scores"]
-    assert chosen[0]["files"] == chosen[1]["files"]
+    # state.json holds an identifier that `datasets` draws anew for every folder.
+    samples = [{k: v for k, v in c["files"].items() if k.endswith(".arrow")} for c in chosen]
+    assert samples[0] == samples[1] != {}
     summaries = [json.loads((r / "summary.json").read_text()) for r in roots]
     assert summaries[0]["error"] == pytest.approx(summaries[1]["error"], rel=1e-12)
     assert summaries[1]["block_forwards_per_sample"] == 6

@@ -63,8 +63,7 @@ def test_kill_9_at_a_random_moment(
     root = with_calibration(tmp_path / "run", finished_run)
     arguments = [*fit_arguments(root, pipeline, *LONG, *memory), "--ckpt_path", "last"]
     draw = random.Random(f"{seed}{memory}")
-    for _ in range(2):  # twice in one run
-        killed(arguments, root, draw.uniform(0, 1.2 * seconds(whole)))
+    killed(arguments, root, draw.uniform(0, 1.2 * seconds(whole)))
     assert finished(arguments, tmp_path / "log") == 0
     assert codes(root) == codes(whole)
     assert not list((root / "checkpoints").glob(".*"))
@@ -76,9 +75,7 @@ def test_sigterm_saves_a_checkpoint_inside_the_unit_and_the_run_goes_on(
     whole: Path, pipeline: Path, finished_run: Path, tmp_path: Path
 ) -> None:
     root = with_calibration(tmp_path / "run", finished_run)
-    arguments = fit_arguments(
-        root, pipeline, *LONG, "--step_checkpoint.every_n_steps", "100000"
-    )
+    arguments = fit_arguments(root, pipeline, *LONG, "--step_checkpoint.every_n_steps", "100000")
     running = process(arguments, tmp_path / "log")
     wait_for((root / "checkpoints" / "unit=001.ckpt").exists, running)
     time.sleep(0.3)

@@ -54,7 +54,9 @@ def test_every_sample_comes_equally_often() -> None:
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ConfigError, match="batch_size 3 does not divide among 2 processes"):
         sampler(batch=3, world=2)
-    with pytest.raises(ConfigError, match=r"2 calibration samples cannot fill a batch of 4\. Lower"):
+    with pytest.raises(
+        ConfigError, match=r"2 calibration samples cannot fill a batch of 4\. Lower"
+    ):
         sampler(size=2)
     refuse_uneven(4, 4, 2)
 

@@ -4,7 +4,7 @@ Compared are soft values after every step, not only codes: rounding hides differ
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,7 @@ Make = Callable[..., Reconstruction]
 
 
 def s2q(teacher: Path, **changed: Any) -> Reconstruction:
-    return S2QVDiT(
-        adapter=CogVideoX(str(teacher)), epochs=1, threads=1, compile=False, **changed
-    )
+    return S2QVDiT(adapter=CogVideoX(str(teacher)), epochs=1, threads=1, compile=False, **changed)
 
 
 def adaround(teacher: Path, **changed: Any) -> Reconstruction:
@@ -69,7 +67,9 @@ def whole(
         if name not in made:
             root, soft, module = tmp_path_factory.mktemp(name), Soft(), METHODS[name](teacher)
             fit(root, module, samples, soft)
-            made[name] = Whole(soft.after, quantized_bytes(root), module.final_error, module.history)
+            made[name] = Whole(
+                soft.after, quantized_bytes(root), module.final_error, module.history
+            )
         return made[name]
 
     return run
@@ -138,7 +138,9 @@ def test_a_run_stopped_anywhere_continues_bit_for_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"])
+@pytest.mark.parametrize(
+    "hook", ["on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"]
+)
 @pytest.mark.parametrize("step", range(1, 3 * STEPS))
 @pytest.mark.parametrize("every", [1, 100])
 def test_every_step_of_a_run_may_be_its_last(
@@ -159,7 +161,7 @@ def test_learned_rounding_on_mixed_inputs_continues_bit_for_bit(
 
 
 @pytest.fixture
-def fails_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[object, str, int], None]]:
+def fails_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[object, str, int], None]:
     def install(owner: object, name: str, call: int) -> None:
         original, calls = getattr(owner, name), [0]
 
@@ -171,7 +173,7 @@ def fails_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[object, str,
 
         monkeypatch.setattr(owner, name, failing)
 
-    yield install
+    return install
 
 
 @pytest.mark.parametrize(
@@ -301,9 +303,7 @@ def test_a_run_killed_before_its_results_were_written_writes_them_when_continued
 
 
 @pytest.fixture(scope="module")
-def stopped(
-    teacher: Path, samples: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def stopped(teacher: Path, samples: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with two checkpoints: a boundary's, and a newer one inside a unit."""
     root = tmp_path_factory.mktemp("stopped")
     with pytest.raises(Interruption):

@@ -184,7 +184,9 @@ def test_s2q_vdit_is_ahead_of_round_to_nearest(runs: dict[type[Reconstruction], 
 
 
 @methods
-def test_every_argument_is_kept_under_its_own_name(kind: type[Reconstruction], teacher: Path) -> None:
+def test_every_argument_is_kept_under_its_own_name(
+    kind: type[Reconstruction], teacher: Path
+) -> None:
     import inspect
 
     module = kind(adapter=CogVideoX(str(teacher)), **METHODS[kind])

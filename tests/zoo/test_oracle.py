@@ -4,7 +4,7 @@ from torch.nn import functional
 
 from recon.zoo import oracle, world
 
-SCENES = world.random_scenes(seed=123, count=480)
+SCENES = world.random_scenes(seed=123, count=240)
 KEYS = ("colour", "shape", "motion")
 
 

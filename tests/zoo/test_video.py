@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel, DiffusionPipeline
 
 from recon import zoo
-from recon.zoo import measure, train, video_denoiser, video_teacher, world
+from recon.zoo import measure, train, video_autoencoder, video_denoiser, video_teacher, world
 
 MEGABYTE = 1_000_000
 
@@ -56,6 +57,19 @@ def test_the_folder_is_small_and_holds_no_pickle() -> None:
     files = [path for path in zoo.folder("video").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 8 * MEGABYTE
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
+
+
+def test_no_config_tells_where_the_folder_was_made() -> None:
+    for file in zoo.folder("video").rglob("*config.json"):
+        assert "_name_or_path" not in json.loads(file.read_text())
+
+
+def test_the_encoder_is_pooling(pipeline: CogVideoXPipeline) -> None:
+    video = video_autoencoder.clips(world.random_scenes(seed=8, count=6))
+    posterior = pipeline.vae.encode(video).latent_dist
+    pooled = video_autoencoder.pool(video)
+    torch.testing.assert_close(posterior.mean, pooled, atol=0.02, rtol=0)
+    assert float(posterior.std.detach().max()) < 0.01
 
 
 def test_latents_have_unit_variance_and_the_autoencoder_keeps_the_scene(
