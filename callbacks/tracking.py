@@ -37,6 +37,16 @@ class UnitTracking(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, RunCSVLogger) and trainer.is_global_zero:
                 logger.resume_at(trainer.global_step)
+                for index in range(self._logged):
+                    logger.log_metrics(*_row(pl_module, index))
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Lightning: a run may go on from here, so what led here must be on disk."""
+        for logger in trainer.loggers:
+            if isinstance(logger, RunCSVLogger):
+                logger.save()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning: the unit before is closed."""
@@ -51,18 +61,22 @@ class UnitTracking(Callback):
     def _log_closed(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Reconstruction)
         for index in range(self._logged, len(pl_module.history)):
-            row = pl_module.history[index]
-            metrics = {f"unit/{name}": value for name, value in row.items()}
             for logger in trainer.loggers:
-                logger.log_metrics({"unit/index": float(index), **metrics}, trainer.global_step)
+                logger.log_metrics(*_row(pl_module, index))
         self._logged = len(pl_module.history)
+
+
+def _row(module: Reconstruction, index: int) -> tuple[dict[str, float], int]:
+    """Metrics of a closed unit, and the step at which it was closed."""
+    metrics = {f"unit/{name}": value for name, value in module.history[index].items()}
+    return {"unit/index": float(index), **metrics}, (index + 1) * module.stage_steps
 
 
 class RunCSVLogger(Logger):
     """A `metrics.csv` that survives a resumed run.
 
-    Lightning's CSVLogger deletes what an earlier process wrote. This one keeps every row below
-    the step the run resumes at, and makes room when a metric appears for the first time.
+    Lightning's CSVLogger deletes what an earlier process wrote. This one keeps every step's row
+    below the one the run resumes at, and makes room when a metric appears for the first time.
 
     Args:
         path: The file; its folder is made with the first row.
@@ -94,9 +108,12 @@ class RunCSVLogger(Logger):
         """Nothing: config.yaml has them."""
 
     def resume_at(self, step: int) -> None:
-        """Keeps earlier rows of steps below `step`; call before anything is logged."""
+        """Keeps earlier rows of steps below `step`, none of units: a kill may have cost some.
+
+        Call before anything is logged.
+        """
         rows = _read(self._path)
-        kept = [row for row in rows if int(row["step"]) < step]
+        kept = [row for row in rows if int(row["step"]) < step and not row.get("unit/index")]
         self._columns = list(rows[0]) if rows else []
         if len(kept) != len(rows):
             self._rewrite(kept)

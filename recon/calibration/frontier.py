@@ -133,6 +133,15 @@ class Frontier:
         self._store.finish(self.boundary + 1, "teacher")
 
     @torch.no_grad()
+    def visit(self, blocks: Sequence[nn.Module], stream: str, observe: Observe) -> None:
+        """Runs `blocks` once more over a stream's calibration samples, for what they see."""
+        for index in self.calibration:
+            with observe(index):
+                self._run(blocks, self.state(stream, index))
+            if stream == "student":
+                self.forwards.student += len(blocks)
+
+    @torch.no_grad()
     def advance(
         self, blocks: Sequence[nn.Module], nearest: Sequence[nn.Module]
     ) -> dict[str, float]:

@@ -4,6 +4,7 @@ import logging
 import netrc
 import os
 import secrets
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from recon.callbacks.checkpoints import StepCheckpoint, UnitCheckpoint
 from recon.callbacks.evaluation import PairedMetrics
@@ -30,6 +32,12 @@ from recon.engine.reconstruction import Reconstruction
 from recon.engine.settings import refuse_unsafe_trainer
 from recon.engine.strategy import ReconStrategy
 from recon.errors import CheckpointMismatch, ConfigError
+
+DESCRIPTION = """Post-training quantisation of diffusion transformers, unit by unit.
+
+`recon COMMAND --run FOLDER` takes configuration and newest checkpoint from a run folder. Further
+commands, each with --help: compare (runs side by side), table (methods against baselines),
+bench-step (speed of one step on a block of real size)."""
 
 
 class SavedConfig(SaveConfigCallback):
@@ -174,7 +182,12 @@ class ReconCLI(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Lightning's fit, from the checkpoint that was examined."""
         kwargs["ckpt_path"] = None if self._checkpoint is None else str(self._checkpoint)
-        self.trainer.fit(**kwargs)
+        try:
+            self.trainer.fit(**kwargs)
+        except SIGTERMException:
+            # Lightning would end with status 0, and a script would go on as if all were done.
+            rank_zero_info("Stopped by SIGTERM. Continue with --ckpt_path last.")
+            sys.exit(128 + signal.SIGTERM)
 
     def validate(self, **kwargs: Any) -> None:
         """Lightning's validate, on the newest checkpoint unless one is named."""
@@ -234,7 +247,8 @@ def run(arguments: list[str]) -> None:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,
-        parser_kwargs={"exit_on_error": False},  # recon.cli.main prints what went wrong
+        # recon.cli.main prints what went wrong.
+        parser_kwargs={"exit_on_error": False, "description": DESCRIPTION},
         save_config_callback=SavedConfig,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={

@@ -60,6 +60,22 @@ def close_unit(module: "Reconstruction", opened: OpenUnit) -> dict[str, float]:
     }
 
 
+def record_student(module: "Reconstruction", opened: OpenUnit) -> UnitRecord:
+    """Gram matrices of what reaches the open unit's layers behind the quantised prefix.
+
+    One more forward per calibration sample, through the unit as it is at this moment.
+    """
+    record = UnitRecord()
+    firsts = {group.name: opened.layers[group.name] for group in opened.groups}
+    module.frontier.visit(
+        opened.student_blocks,
+        "student",
+        lambda sample: recorded_inputs(firsts, record, with_gram=firsts),
+    )
+    record.reduce()
+    return record
+
+
 def factor(schedule: Callable[[float], float], steps: int) -> Callable[[int], float]:
     """A schedule over progress in [0, 1] as one over `steps` optimizer steps."""
     return lambda step: schedule(min(step / steps, 1.0))

@@ -28,6 +28,7 @@ class QuantLinear(nn.Module):
         rounding: How the weight is rounded while open; default round-to-nearest.
         learn_activation_clip: Whether the kept shares of a token's maximum and minimum are
             learned (one pair per layer).
+        clip_start: Logit at which those shares start.
     """
 
     codes: Tensor | None
@@ -43,6 +44,7 @@ class QuantLinear(nn.Module):
         transform: InputTransform | None = None,
         rounding: NearestRounding | AdaptiveRounding | None = None,
         learn_activation_clip: bool = False,
+        clip_start: float = CLIP_LOGIT_START,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -53,7 +55,7 @@ class QuantLinear(nn.Module):
         )
         learn_activation_clip = learn_activation_clip and activation is not None
         self.activation_clip_logits = (
-            nn.Parameter(torch.full((2,), CLIP_LOGIT_START)) if learn_activation_clip else None
+            nn.Parameter(torch.full((2,), clip_start)) if learn_activation_clip else None
         )
         for name in ("codes", "scale", "activation_clip"):
             self.register_buffer(name, None)

@@ -26,17 +26,23 @@ class NearestRounding(nn.Module):
         spec: Grid of the weight.
         learn_clip: Whether each row learns the shares of its maximum and minimum that are kept;
             the groups of a row, where there are any, have them in common.
+        clip_start: Logit at which the shares start.
 
     Source: FlatQuant's learnable weight clipping, which S²Q-VDiT trains at ten times the rate of
     the transforms.
     """
 
-    def __init__(self, rows: int, spec: QuantSpec, *, learn_clip: bool) -> None:
+    def __init__(
+        self,
+        rows: int,
+        spec: QuantSpec,
+        *,
+        learn_clip: bool,
+        clip_start: float = CLIP_LOGIT_START,
+    ) -> None:
         super().__init__()
         self.spec = spec
-        self.clip_logits = (
-            nn.Parameter(torch.full((rows, 2), CLIP_LOGIT_START)) if learn_clip else None
-        )
+        self.clip_logits = nn.Parameter(torch.full((rows, 2), clip_start)) if learn_clip else None
 
     def scale(self, weight: Tensor) -> Tensor:
         """Step size of every row (or group) of `weight` [out, channels]."""

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from recon.engine import walk
 from recon.engine.reconstruction import Reconstruction
 from recon.engine.unit import LayerGroup, OpenUnit
 from recon.errors import ConfigError
@@ -84,7 +85,11 @@ class S2QVDiT(Reconstruction):
         learn_scale: Whether s is learned.
         learn_weight_clip: Whether weight clips are learned.
         learn_activation_clip: Whether activation clips are learned.
+        clip_start: Logit at which clips start; 4 keeps 0.982 of a range. Source: FlatQuant.
+        loss_norm: `self` divides each loss by its own value, as FlatQuant does.
         gptq: Round with GPTQ after folding; false: to nearest.
+        gptq_inputs: Inputs of GPTQ's Hessian: the teacher's, or those behind the quantised prefix
+            (one more forward per sample). The paper is silent; FlatQuant takes the latter.
         gptq_damping: Share of the mean diagonal added to the Hessian. Source: GPTQ.
         std: Sparse token distillation.
         rotation: The Kronecker transforms.
@@ -107,7 +112,10 @@ class S2QVDiT(Reconstruction):
         learn_scale: bool = True,
         learn_weight_clip: bool = True,
         learn_activation_clip: bool = True,
+        clip_start: float = 4.0,
+        loss_norm: Literal["none", "self"] = "none",
         gptq: bool = True,
+        gptq_inputs: Literal["full_precision", "quantised"] = "full_precision",
         gptq_damping: float = 0.01,
         std: SparseTokenDistillation = SparseTokenDistillation(),
         rotation: Rotation = Rotation(),
@@ -121,14 +129,15 @@ class S2QVDiT(Reconstruction):
         self.weight_decay, self.lr_floor, self.alpha = weight_decay, lr_floor, alpha
         self.learn_scale, self.learn_weight_clip = learn_scale, learn_weight_clip
         self.learn_activation_clip = learn_activation_clip
-        self.gptq, self.gptq_damping = gptq, gptq_damping
+        self.gptq, self.gptq_inputs, self.gptq_damping = gptq, gptq_inputs, gptq_damping
+        self.clip_start, self.loss_norm = clip_start, loss_norm
         self.std, self.rotation = std, rotation
         self._token_weights: dict[int, Tensor] = {}
 
     @property
     def wants_gram(self) -> bool:
         """GPTQ's Hessian is the Gram matrix of the inputs, moved through the transform."""
-        return self.gptq
+        return self.gptq and self.gptq_inputs == "full_precision"
 
     @property
     def wants_attention(self) -> bool:
@@ -166,7 +175,10 @@ class S2QVDiT(Reconstruction):
             transform = self._transform(group, unit)
             for name, module in group.linears.items():
                 rounding = NearestRounding(
-                    module.out_features, self.weight, learn_clip=self.learn_weight_clip
+                    module.out_features,
+                    self.weight,
+                    learn_clip=self.learn_weight_clip,
+                    clip_start=self.clip_start,
                 )
                 layers[name] = QuantLinear(
                     module,
@@ -175,6 +187,7 @@ class S2QVDiT(Reconstruction):
                     transform=transform,
                     rounding=rounding,
                     learn_activation_clip=self.learn_activation_clip,
+                    clip_start=self.clip_start,
                 )
         return layers
 
@@ -223,7 +236,8 @@ class S2QVDiT(Reconstruction):
             video = self.adapter.token_streams(self.frontier.state("teacher", sample))["video"]
             student, teacher = student[:, video], teacher[:, video]
             weight = None if weight is None else weight[:, video]
-        return {"token_error": token_weighted_error(student, teacher, weight)}
+        error = token_weighted_error(student, teacher, weight)
+        return {"token_error": error if self.loss_norm == "none" else error / error.detach()}
 
     def parameter_groups(self, unit: OpenUnit) -> list[dict[str, Any]]:
         """Scales, rotations and clips, each on a cosine from its rate to the floor."""
@@ -259,8 +273,9 @@ class S2QVDiT(Reconstruction):
         if not self.gptq:
             super().close_unit(unit)
             return
+        record = unit.record if self.wants_gram else walk.record_student(self, unit)
         for group in unit.groups:
-            gram = unit.record.gram[group.name]
+            gram = record.gram[group.name]
             folded: Tensor | None = None
             for name in group.linears:
                 layer = unit.layers[name]

@@ -41,7 +41,7 @@ class Recipe:
     batch: int = 16
     rate: float = 1.5e-3
     warmup: int = 100
-    average: float = 0.998
+    average: float = 0.995
     """Decay per step of the running average of the weights, which is what is kept."""
     uniform_timesteps: float = 0.25
     """Share of timesteps drawn uniformly, the others are logit-normal."""

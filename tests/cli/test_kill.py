@@ -80,7 +80,8 @@ def test_sigterm_saves_a_checkpoint_inside_the_unit_and_the_run_goes_on(
     wait_for((root / "checkpoints" / "unit=001.ckpt").exists, running)
     time.sleep(0.3)
     running.send_signal(signal.SIGTERM)
-    assert running.wait(60) != 0
+    assert running.wait(60) == 143
+    assert "Continue with --ckpt_path last" in (tmp_path / "log").read_text()
     assert (root / "checkpoints" / "step.ckpt").exists()
     assert not (root / "summary.json").exists()
     assert finished([*arguments, "--ckpt_path", "last"], tmp_path / "log") == 0

@@ -83,4 +83,4 @@ def test_the_5b_total_is_the_published_one() -> None:
     )
     clips = 8 * len(layers)
     assert (left - transforms - clips) / 2**30 == pytest.approx(2.634, abs=0.002)
-    assert transforms / 2**30 < 0.01
+    assert transforms / 2**30 < 0.012
