@@ -1,4 +1,4 @@
-"""Placeholder docstring: replaced with the room's first file."""
+"""What watches a run: checkpoints, progress, tracking, summaries, videos and their metrics."""
 
 if __name__ != "recon.callbacks":  # a second copy of every class would break isinstance
     raise ImportError("This folder is the package recon.callbacks; import it by that name.")
