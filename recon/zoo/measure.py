@@ -1,8 +1,7 @@
 """Measure an embedded teacher with the world's oracle: `python -m recon.zoo.measure video`.
 
 Samples the folder through the stock pipeline, on prompts worded as training never worded them, with
-one seed per video, and writes JSON to the standard output. Of a short training nothing else is
-asked: the numbers of the model card come from this command.
+one seed per video, and writes JSON to the standard output. The model card's numbers come from here.
 """
 
 import argparse

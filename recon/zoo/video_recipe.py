@@ -19,7 +19,11 @@ class Round:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run; the defaults made the shipped folder."""
+    """One training run from nothing.
+
+    The shipped weights come from a shorter run in pieces, which the model card lists; the defaults
+    are meant to replace it.
+    """
 
     seed: int = 0
     crop_steps: int = 900
