@@ -11,7 +11,7 @@ from torch import nn
 from recon.calibration.attention import AttentionColumnSums
 from recon.engine.unit import OpenUnit
 from recon.errors import CapabilityMissing
-from recon.layers.transform import InputTransform
+from recon.layers.transform import InputTransform, begin_all
 from recon.models.adapter import ExposesAttention, ModelAdapter, missing_attributes
 from recon.types import State
 
@@ -40,10 +40,9 @@ def run_learning(
 ) -> State:
     """`run_blocks` while the unit learns; the function that is compiled.
 
-    The factors of each transform are computed once, whatever the number of linears that share it.
+    Each distinct input is transformed once, whatever the number of linears that share it.
     """
-    for transform in transforms:
-        transform.begin()
+    begin_all(transforms)
     state = run_blocks(adapter, blocks, state)
     for transform in transforms:
         transform.end()

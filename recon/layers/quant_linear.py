@@ -86,7 +86,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Output of the layer, [..., out], in the dtype of `inputs` [..., channels]."""
-        hidden = inputs if self.transform is None else self.transform(inputs.float())
+        hidden = inputs if self.transform is None else self.transform(inputs)
         if self.activation_spec is not None:
             clip = self.activation_clip
             if self.activation_clip_logits is not None:

@@ -1,9 +1,16 @@
 """The invertible map that a group of linears applies to its shared input."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from recon.quantizers.transforms import KroneckerTransform, apply_kronecker
+from recon.quantizers.transforms import (
+    Factors,
+    KroneckerTransform,
+    apply_kronecker,
+    factors_of_all,
+)
 
 
 class InputTransform(nn.Module):
@@ -38,7 +45,9 @@ class InputTransform(nn.Module):
         else:
             self.register_buffer("channel_scale", channel_scale)
         self.kronecker = kronecker
-        self._ready: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._ready: Factors | None = None
+        self._sharing = False
+        self._seen: tuple[Tensor, Tensor] | None = None
         self.register_buffer("left", None)
         self.register_buffer("right", None)
 
@@ -51,21 +60,28 @@ class InputTransform(nn.Module):
         transform.left, transform.right = left, right
         return transform
 
-    def begin(self) -> None:
-        """Computes the learned factors once, for all that share them, until `end`."""
-        if self.kronecker is not None:
-            self._ready = self.kronecker.all_factors()
+    def begin(self, factors: Factors | None) -> None:
+        """Until `end`, uses these factors, and transforms an input once for all that share it."""
+        self._ready, self._sharing = factors, True
 
     def end(self) -> None:
-        """Forgets what `begin` computed: the next step has other parameters."""
-        self._ready = None
+        """Forgets what `begin` brought: the next step has other parameters."""
+        self._ready, self._sharing, self._seen = None, False, None
 
-    def _factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _factors(self) -> Factors:
         assert self.kronecker is not None
         return self._ready or self.kronecker.all_factors()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Transformed input, same shape [..., channels]."""
+        """Transformed input, same shape [..., channels], float32."""
+        if self._seen is not None and self._seen[0] is inputs:
+            return self._seen[1]
+        transformed = self._transformed(inputs.float())
+        if self._sharing:
+            self._seen = (inputs, transformed)
+        return transformed
+
+    def _transformed(self, inputs: Tensor) -> Tensor:
         if self.channel_scale is not None:
             inputs = inputs * self.channel_scale
         if self.kronecker is not None:
@@ -109,3 +125,11 @@ class InputTransform(nn.Module):
             left, right = self.kronecker.factors(torch.float64)
             self.left, self.right = left.float(), right.float()
             self.kronecker = None
+
+
+def begin_all(transforms: Sequence[InputTransform]) -> None:
+    """`begin` for each, with the factors of all computed together."""
+    products = [t.kronecker for t in transforms if t.kronecker is not None]
+    factors = iter(factors_of_all(products))
+    for transform in transforms:
+        transform.begin(None if transform.kronecker is None else next(factors))

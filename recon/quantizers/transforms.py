@@ -8,6 +8,7 @@ Source: FlatQuant, arXiv 2410.09426, section 3, as used by S²Q-VDiT (arXiv 2508
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from recon.errors import ConfigError
 
 Start = Literal["reference", "haar", "identity"]
+
+Factors = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Left and right factor of P, then of P^-T."""
 
 SMALLEST_SALIENCE = 1e-5
 """Clamp of channel maxima: a dead channel must not give an infinite scale. Source: FlatQuant,
@@ -182,6 +186,44 @@ class KroneckerTransform(nn.Module):
             return rotation, rotation
         log_sigma = log_sigma.to(dtype)
         return (u * log_sigma.exp()) @ v.mT, (u * (-log_sigma).exp()) @ v.mT
+
+
+def factors_of_all(transforms: Sequence[KroneckerTransform]) -> list[Factors]:
+    """`all_factors` of each transform, with one solve for all factors of one size.
+
+    A unit learns half a dozen small transforms at once; apart, their hundreds of tiny operations
+    cost more than the unit's matrix products.
+    """
+    members: dict[tuple[int, bool], list[tuple[int, str]]] = {}
+    for index, transform in enumerate(transforms):
+        for side, size in zip(("left", "right"), transform.split, strict=True):
+            learned = getattr(transform, f"{side}_log_sigma") is not None
+            members.setdefault((size, learned), []).append((index, side))
+    found: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+    for (_, learned), places in members.items():
+        pairs = _stacked_factors([(transforms[i], side) for i, side in places], learned)
+        found |= dict(zip(places, pairs, strict=True))
+    return [
+        (found[i, "left"][0], found[i, "right"][0], found[i, "left"][1], found[i, "right"][1])
+        for i in range(len(transforms))
+    ]
+
+
+def _stacked_factors(
+    members: Sequence[tuple[KroneckerTransform, str]], learned: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """(factor of P, factor of P^-T) of each member; all have one size."""
+    base = torch.stack([getattr(t, f"{side}_base") for t, side in members])
+    skew = torch.stack([getattr(t, f"{side}_skew") for t, side in members])
+    # As in `all_factors`: autocast would cost U and V their orthogonality.
+    with torch.autocast(base.device.type, enabled=False):
+        u, v = (base @ cayley(skew)).unbind(1)
+        if not learned:
+            return [(rotation, rotation) for rotation in u @ v.mT]
+        log_sigma = torch.stack([getattr(t, f"{side}_log_sigma") for t, side in members])
+        scale = torch.stack([log_sigma, -log_sigma]).exp().unsqueeze(-2)
+        factors, inverses = ((u * scale) @ v.mT).unbind(0)
+        return list(zip(factors.unbind(0), inverses.unbind(0), strict=True))
 
 
 def cayley(raw: Tensor) -> Tensor:

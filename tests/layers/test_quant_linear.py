@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from recon.layers.quant_linear import QuantLinear
 from recon.layers.rounding import AdaptiveRounding, NearestRounding
-from recon.layers.transform import InputTransform
+from recon.layers.transform import InputTransform, begin_all
 from recon.quantizers.affine import absmax_scale, codes, weight_range
 from recon.quantizers.packing import unpack
 from recon.quantizers.spec import QuantSpec
@@ -190,7 +190,7 @@ def test_factors_computed_once_give_the_gradients_of_factors_computed_each_time(
         layers = [layer_of(linear(seed), shared, learned=True) for seed in range(3)]
         parameters = list(nn.ModuleList(layers).parameters())
         if cached:
-            shared.begin()
+            begin_all([shared])
         loss = torch.stack([layer(inputs(4)).square().mean() for layer in layers]).sum()
         if cached:
             shared.end()
@@ -201,7 +201,7 @@ def test_factors_computed_once_give_the_gradients_of_factors_computed_each_time(
 
 def test_after_the_end_of_a_step_changed_parameters_count() -> None:
     shared, x = transform(), inputs(2)
-    shared.begin()
+    begin_all([shared])
     before = shared(x)
     shared.end()
     with torch.no_grad():

@@ -10,6 +10,7 @@ from recon.quantizers.transforms import (
     Start,
     apply_kronecker,
     cayley,
+    factors_of_all,
     kronecker_split,
     smoothing_scale,
     transform_gram,
@@ -233,3 +234,18 @@ def test_gram_of_transformed_inputs() -> None:
     assert transform_gram(gram.float(), None, left, right).dtype == torch.float64
     with pytest.raises(ConfigError, match=r"only one of the two Kronecker factors\. Pass left and"):
         transform_gram(gram, None, left, None)
+
+
+def test_factors_of_all_are_those_of_each() -> None:
+    generator = torch.Generator().manual_seed(3)
+    transforms = [
+        KroneckerTransform(32, generator=generator),
+        KroneckerTransform(48, generator=generator),
+        KroneckerTransform(32, generator=generator, trained_singular_values=False),
+        KroneckerTransform(32, generator=generator, start="haar"),
+    ]
+    for together, alone in zip(
+        factors_of_all(transforms), (t.all_factors() for t in transforms), strict=True
+    ):
+        for one, other in zip(together, alone, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
