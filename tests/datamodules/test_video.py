@@ -387,6 +387,7 @@ class Engine(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.adapter = FakeAdapter()
+        self.threads = None
         self.seen: list[dict[str, Any]] = []
         self.weight = torch.nn.Parameter(torch.ones(()))
 
