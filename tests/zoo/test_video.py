@@ -97,7 +97,7 @@ def test_a_missing_folder_names_the_command_that_makes_it(monkeypatch: pytest.Mo
 def test_the_recipe_writes_a_folder_that_samples(tmp_path: Path) -> None:
     out = tmp_path / "teacher"
     decoder = "--crop-steps 1 --full-steps 1 --decoder-batch 1"
-    denoiser = "--scenes 4 --near-steps 1 --steps 1 --batch 2"
+    denoiser = "--scenes 4 --picture-steps 1 --near-steps 1 --steps 1 --batch 2"
     train.main(["video", "--out", str(out), *decoder.split(), *denoiser.split()])
     untrained = video_teacher.load(out)
     videos = measure.sample(untrained, ["a red circle moving left"], seed=0, steps=2)
