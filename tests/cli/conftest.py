@@ -9,10 +9,7 @@ import pytest
 
 from recon.cli import main
 from tests.cli.command import fit_arguments
-from tests.engine.conftest import one_thread
 from tests.models.tiny import write_tiny_cogvideox
-
-__all__ = ["one_thread"]
 
 
 @pytest.fixture(scope="session")

@@ -1,21 +1,11 @@
-"""A tiny teacher and its calibration samples, once a session; one thread."""
+"""A tiny teacher and its calibration samples, once a session."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.engine.tiny_run import write_samples
 from tests.models.tiny import write_tiny_cogvideox
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
-"""A tiny teacher and its calibration samples, once a session; one thread."""
+"""A tiny teacher and its calibration samples, once a session."""
 
-from tests.engine.conftest import one_thread, samples, teacher
+from tests.engine.conftest import samples, teacher
 
-__all__ = ["one_thread", "samples", "teacher"]
+__all__ = ["samples", "teacher"]
