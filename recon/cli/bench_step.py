@@ -161,7 +161,6 @@ def _measure(
         "compiled_over_eager": medians["compiled"] / medians["eager"],
         "compiled_over_plain": medians["compiled"] / medians["plain"],
         "first_compile_seconds": first_compile,
-        "recompiled_for_next_block": False,
         "peak_device_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
     }
 
