@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed
 from torch.nn import functional
 
 from recon.calibration import ranks
 from recon.calibration.artefact import write_json
+from recon.callbacks.evaluating import Evaluating
 from recon.errors import ConfigError, NumericsError
 
 Oracle = Callable[[Tensor, str], Mapping[str, bool]]
@@ -115,7 +116,7 @@ def lpips_unavailable() -> str | None:
     return None if weights.is_file() else f"not available: {weights} is not there"
 
 
-class PairedMetrics(Callback):
+class PairedMetrics(Evaluating):
     """Measures full-precision and quantised videos of the same prompts and seeds.
 
     Writes `test.json` (or `validate.json`) into the run folder, logs the means and prints a
@@ -133,38 +134,14 @@ class PairedMetrics(Callback):
         self._rows: list[Row] = []
         self._lpips = lpips_unavailable()
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier evaluation."""
+    def begin(self, trainer: Trainer) -> None:
+        """See `Evaluating`."""
         self._rows = []
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget an earlier evaluation."""
-        self.on_validation_epoch_start(trainer, pl_module)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Measure the batch; the videos are not kept."""
+    def look(self, trainer: Trainer, outputs: Any, verb: str) -> None:
+        """Measures the batch; the videos are not kept."""
         if isinstance(outputs, Mapping) and "quantized" in outputs:
             self._rows += self.measure(outputs)
-
-    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Measure the batch; the videos are not kept."""
-        self.on_validation_batch_end(*args, **kwargs)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write `validate.json`."""
-        self._finish(trainer, pl_module, "validate")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write `test.json`."""
-        self._finish(trainer, pl_module, "test")
 
     def measure(self, outputs: Mapping[str, Any]) -> list[Row]:
         """One row per prompt: its numbers for each model, and for each pair with full precision.
@@ -211,10 +188,11 @@ class PairedMetrics(Callback):
             numbers["lpips"] = float(distance)
         return numbers
 
-    def _finish(self, trainer: Trainer, pl_module: LightningModule, verb: str) -> None:
+    def finish(self, trainer: Trainer, module: LightningModule, verb: str) -> None:
+        """Writes `validate.json` or `test.json`, logs and shows the means."""
         if trainer.sanity_checking:
             return
-        rows = gather_rows(self._rows, pl_module.device)
+        rows = gather_rows(self._rows, module.device)
         if not rows:
             return
         result = summarise(rows)
@@ -222,12 +200,12 @@ class PairedMetrics(Callback):
         given: dict[str, Any] = getattr(source, "evaluation_settings", dict)()
         result["settings"] = {
             **given,
-            "method": type(pl_module).__name__,
+            "method": type(module).__name__,
             "lpips": self._lpips or "available",
             "definitions": DEFINITIONS,
         }
         result["videos"] = rows
-        pl_module.log_dict(
+        module.log_dict(
             {f"{verb}/{name}": value for name, value in _scalars(result).items()},
             rank_zero_only=False,
             sync_dist=False,  # every rank holds all rows

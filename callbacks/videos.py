@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from recon.calibration import ranks
+from recon.callbacks.evaluating import Evaluating
 from recon.errors import ConfigError
 
 LABELS = {
@@ -152,7 +153,7 @@ class VideoWriter(Callback):
             file.write("\n".join(lines) + "\n")
 
 
-class MediaLogger(Callback):
+class MediaLogger(Evaluating):
     """Keeps videos of all models side by side in `<run folder>/videos`, and sends them to W&B.
 
     At validation and test they are the first videos of the evaluation. After fit, whose own
@@ -175,37 +176,13 @@ class MediaLogger(Callback):
         self.count, self.after_fit, self.fps = count, after_fit, fps
         self._kept = 0
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin an evaluation."""
+    def begin(self, trainer: Trainer) -> None:
+        """See `Evaluating`."""
         self._kept = 0
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin an evaluation."""
-        self._kept = 0
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the first videos."""
-        self._kept += self.keep(trainer, outputs, "validate", self.count - self._kept)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the first videos."""
-        self._kept += self.keep(trainer, outputs, "test", self.count - self._kept)
+    def look(self, trainer: Trainer, outputs: Any, verb: str) -> None:
+        """Keeps the first videos."""
+        self._kept += self.keep(trainer, outputs, verb, self.count - self._kept)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample a few videos with the finished network, on rank 0."""

@@ -20,6 +20,8 @@ class UnitRecord:
 
     absmax: dict[str, Tensor] = field(default_factory=dict)
     """Largest magnitude per channel, [channels], float32."""
+    absmax_rows: dict[str, Tensor] = field(default_factory=dict)
+    """The same apart for each timestep or sample, [rows, channels]; rows are the method's."""
     gram: dict[str, Tensor] = field(default_factory=dict)
     """Sum of x xᵀ over tokens, [channels, channels], float64 while recording."""
     salience: dict[int, Tensor] = field(default_factory=dict)
@@ -35,13 +37,19 @@ class UnitRecord:
                     "teacher's weights and the calibration set; dtype float16 overflows in some "
                     "networks, bfloat16 does not."
                 )
+        for table in self.absmax_rows.values():
+            ranks.maximum(table)
         for gram in self.gram.values():
             ranks.total(gram)
 
 
 @contextmanager
 def recorded_inputs(
-    linears: Mapping[str, nn.Module], record: UnitRecord, *, with_gram: Iterable[str]
+    linears: Mapping[str, nn.Module],
+    record: UnitRecord,
+    *,
+    with_gram: Iterable[str],
+    row: tuple[int, int] | None = None,
 ) -> Iterator[None]:
     """Adds what enters each of `linears` to `record` while the context is open.
 
@@ -49,6 +57,7 @@ def recorded_inputs(
         linears: The first linear of each input group, by name.
         record: Filled in place.
         with_gram: Names whose Gram matrix is wanted too.
+        row: Index of the row of `absmax_rows` that this forward belongs to, and their number.
     """
     wanted = set(with_gram)
 
@@ -57,6 +66,11 @@ def recorded_inputs(
         absmax = rows.abs().amax(dim=0)  # over tokens
         known = record.absmax.get(name)
         record.absmax[name] = absmax if known is None else torch.maximum(known, absmax)
+        if row is not None:
+            table = record.absmax_rows.get(name)
+            if table is None:
+                table = record.absmax_rows[name] = absmax.new_zeros(row[1], len(absmax))
+            table[row[0]] = torch.maximum(table[row[0]], absmax)
         if name in wanted:
             # One float32 product per sample, summed in float64: see recon.calibration.ranks.
             gram = (rows.T @ rows).double()

@@ -25,7 +25,7 @@ from recon.callbacks.tracking import RunCSVLogger, UnitTracking
 from recon.callbacks.videos import MediaLogger, VideoWriter
 from recon.cli.arguments import run_name
 from recon.engine.checkpoint_io import AtomicCheckpointIO
-from recon.engine.checkpoints import examined, written
+from recon.engine.checkpoints import clear_unfinished, examined, written
 from recon.engine.data import CalibrationData
 from recon.engine.loader import refuse_uneven
 from recon.engine.reconstruction import Reconstruction
@@ -139,6 +139,8 @@ class ReconCLI(LightningCLI):
             self._refuse_taken()
         else:
             module.check_checkpoint(examined(self._checkpoint))
+        if self.trainer.is_global_zero:
+            clear_unfinished(Path(self.trainer.default_root_dir))
         if hasattr(self, "_wandb_note") and self.trainer.is_global_zero:
             noted, identity = self._wandb_note
             noted.parent.mkdir(parents=True, exist_ok=True)

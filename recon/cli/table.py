@@ -9,10 +9,13 @@ import json
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from rich.console import Console
@@ -31,6 +34,8 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "s2q_std": ("s2q_vdit", NO_SDS),
 }
 """Configuration and extra arguments of each row. Round-to-nearest is measured beside every row."""
+
+_LOCKS: defaultdict[Path, Lock] = defaultdict(Lock)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ def table(arguments: Sequence[str]) -> None:
     """
     options = _parser().parse_args(arguments)
     bits = [tuple(int(part) for part in pair.split(":")) for pair in options.bits]
-    rows = [Row(m, w, a, s) for s in options.seeds for w, a in bits for m in options.methods]
+    # Seeds innermost: jobs side by side then make different calibration sets.
+    rows = [Row(m, w, a, s) for m in options.methods for w, a in bits for s in options.seeds]
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda row: _run(row, options), rows))
     lines = markdown(options.folder, options.methods, bits, options.seeds)
@@ -82,6 +88,7 @@ def _run(row: Row, options: argparse.Namespace) -> None:
     root.mkdir(parents=True, exist_ok=True)
     config, extra = METHODS[row.method]
     chosen = "random" if "random" in extra else "salient"
+    calibration = options.folder / f"calibration-{chosen}-seed{row.seed}"
     shared = [
         *("--wandb", "false", "--media.after_fit", "0"),
         *(part for pair in options.extra for part in (f"--{pair}",)),
@@ -91,11 +98,13 @@ def _run(row: Row, options: argparse.Namespace) -> None:
         *("--model.weight.num_bits", str(row.weight)),
         *("--model.activation.num_bits", str(row.activation)),
         *("--model.seed", str(row.seed), "--data.seed", str(row.seed)),
-        *("--data.folder", str(options.folder / f"calibration-{chosen}-seed{row.seed}")),
+        *("--data.folder", str(calibration)),
         *("--trainer.default_root_dir", str(root), "--ckpt_path", "last", *shared),
     ]
     if not (root / "summary.json").is_file():
-        _call(fit, root)
+        # The first run of a set makes it; two at once would get in each other's way.
+        with _LOCKS[calibration] if not calibration.exists() else nullcontext():
+            _call(fit, root)
     _call(["test", "--run", str(root), *shared], root)
 
 

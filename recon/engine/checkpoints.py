@@ -17,6 +17,12 @@ def written(root: Path) -> list[Path]:
     return sorted(found, key=_progress_key, reverse=True)
 
 
+def clear_unfinished(root: Path) -> None:
+    """Removes what a killed process left half written, which no later write would replace."""
+    for aside in (root / FOLDER).glob(".*.partial"):
+        aside.unlink(missing_ok=True)
+
+
 def _progress_key(path: Path) -> tuple[int, str]:
     return path.stat().st_mtime_ns, path.name
 

@@ -4,7 +4,7 @@ config.json             the network's own configuration
 network.safetensors     every tensor that is not quantised: embedders, norms, biases, head
 quantized.safetensors   per layer `codes` (int32, packed), `scale`, and where there is one
 `activation_clip`; per group of layers that share an input the
-transform's `channel_scale`, `left`, `right`, under its first layer
+transform's `channel_scale`, `left`, `right`, `rotated_scale`, under its first layer
 manifest.json           method, bits and error, shapes and owner of each layer, fingerprint;
 written last, with a checksum of the other files
 """
@@ -26,6 +26,7 @@ import recon
 from recon.engine.assembly import adopted
 from recon.errors import CheckpointMismatch
 from recon.layers.quant_linear import QuantLinear
+from recon.layers.transform import InputTransform
 from recon.layers.tree import replace
 from recon.models.adapter import ModelAdapter
 from recon.quantizers.spec import QuantSpec
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 FILES = ("config.json", "network.safetensors", "quantized.safetensors")
-_TRANSFORM = ("channel_scale", "left", "right")
 
 
 def write_native(module: "Reconstruction", folder: Path) -> None:
@@ -98,7 +98,7 @@ def _tensors(layers: dict[str, QuantLinear]) -> tuple[dict[str, Tensor], dict[st
         if layer.transform is None:
             continue
         owners[name] = owner = owner_of.setdefault(id(layer.transform), name)
-        for key in _TRANSFORM:
+        for key in InputTransform.PARTS:
             value = getattr(layer.transform, key)
             if value is not None and owner == name:
                 tensors[f"{name}.transform.{key}"] = value.detach().cpu().contiguous()

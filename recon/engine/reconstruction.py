@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from recon.calibration import ranks
 from recon.calibration.frontier import Frontier
 from recon.calibration.memory import MemoryBudget
-from recon.engine import resume, stage_data, walk
+from recon.engine import resume, stage_data, stopping, walk
 from recon.engine.data import CalibrationData
 from recon.engine.fingerprint import refuse_difference
 from recon.engine.gradient import Step, averaged, flat_gradient, hand_out, refuse_nan
@@ -97,10 +97,13 @@ class Reconstruction(LightningModule):
         """Block forwards of this process until the open unit was opened, by stream."""
         self.fingerprint: dict[str, Any] = {}
         self.compiled = False
+        self.stop_asked = False
+        """Whether this process, one of several, got SIGTERM."""
         self.pipelines: dict[str, Any] = {}
         """Pipelines around the forms of the network that were sampled, by form."""
         self._trained: list[Tensor] = []
         self._gradient: Tensor | None = None
+        self._rows: list[int] = []
         self._run_learning: Callable[..., State] = stage_data.run_learning
 
     # The hooks a method overrides -------------------------------------------------------------
@@ -114,6 +117,11 @@ class Reconstruction(LightningModule):
     def wants_attention(self) -> bool:
         """Whether `record.salience` is needed; the adapter must then expose its attention."""
         return False
+
+    @property
+    def wants_rows(self) -> Literal["timestep", "sample"] | None:
+        """Whether `record.absmax_rows` is needed, and what one of its rows is."""
+        return None
 
     def prepare(self) -> None:
         """Changes the network before it is cut into units; default: nothing."""
@@ -173,6 +181,10 @@ class Reconstruction(LightningModule):
     def skip_roles(self) -> tuple[str, ...]:
         """Roles of linears that stay in full precision."""
         return ("modulation",) if self.adaln == "fp" else ()
+
+    def record_row(self, sample: int) -> tuple[int, int] | None:
+        """Row of `record.absmax_rows` that a calibration sample belongs to, and their number."""
+        return (self._rows[sample], max(self._rows) + 1) if self._rows else None
 
     def generator(self, *purpose: object) -> torch.Generator:
         """A fresh CPU generator that depends on the seed, the open unit and `purpose` only."""
@@ -262,6 +274,10 @@ class Reconstruction(LightningModule):
         self.seconds["calibration"] = data.seconds
         self.fingerprint = resume.fingerprint(self, chosen.fingerprint)
         self.sample_count = len(chosen.samples)
+        if self.wants_rows == "timestep":
+            self._rows = stage_data.timestep_rows(chosen.samples)
+        elif self.wants_rows == "sample":
+            self._rows = list(range(self.sample_count))
         rows = chosen.samples[0]["timestep"].shape[0]
         size = self.adapter.stream_bytes(rows, self.run_device)
         needed = needed_bytes(size, self.sample_count, len(chosen.held_out))
@@ -309,6 +325,10 @@ class Reconstruction(LightningModule):
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
+    def on_train_start(self) -> None:
+        """Lightning: its signal handlers are in place."""
+        stopping.listen(self)
+
     def on_train_epoch_end(self) -> None:
         """Closes the unit, advances the streams, opens the next one."""
         assert self.opened is not None
@@ -341,6 +361,7 @@ class Reconstruction(LightningModule):
         nothing: the step is the same bit for bit however samples are dealt over processes.
         """
         assert self.opened is not None
+        stopping.agree(self)
         if not self._trained:
             return torch.zeros((), device=self.device, requires_grad=True)
         total: Step | None = None

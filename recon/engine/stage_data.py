@@ -13,7 +13,7 @@ from recon.engine.unit import OpenUnit
 from recon.errors import CapabilityMissing
 from recon.layers.transform import InputTransform, begin_all
 from recon.models.adapter import ExposesAttention, ModelAdapter, missing_attributes
-from recon.types import State
+from recon.types import Sample, State
 
 if TYPE_CHECKING:
     from recon.engine.reconstruction import Reconstruction
@@ -23,6 +23,13 @@ def seeded(text: str) -> torch.Generator:
     """A CPU generator whose seed is a hash of `text`."""
     digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def timestep_rows(samples: Sequence[Sample]) -> list[int]:
+    """Place of each sample's timestep among the distinct ones of all samples, ascending."""
+    timesteps = [int(sample["timestep"].flatten()[0]) for sample in samples]
+    places = {timestep: place for place, timestep in enumerate(sorted(set(timesteps)))}
+    return [places[timestep] for timestep in timesteps]
 
 
 def run_blocks(adapter: ModelAdapter, blocks: Sequence[nn.Module], state: State) -> State:

@@ -109,7 +109,9 @@ def _observed(module: "Reconstruction", opened: OpenUnit, sample: int) -> Iterat
     firsts = {group.name: next(iter(group.linears.values())) for group in opened.groups}
     with ExitStack() as stack:
         gram = firsts if module.wants_gram else ()
-        stack.enter_context(recorded_inputs(firsts, opened.record, with_gram=gram))
+        stack.enter_context(
+            recorded_inputs(firsts, opened.record, with_gram=gram, row=module.record_row(sample))
+        )
         if module.wants_attention:
             stack.enter_context(stage_data.recorded_salience(module, opened, sample))
         yield

@@ -1,6 +1,7 @@
 """The invertible map that a group of linears applies to its shared input."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,40 +11,50 @@ from recon.quantizers.transforms import (
     KroneckerTransform,
     apply_kronecker,
     factors_of_all,
+    transform_gram,
 )
 
 
 class InputTransform(nn.Module):
-    """Channel scale, then Kronecker product: x̃ = (x ∘ s) P, and W̃ = (W / s) P^{-T} on the weight.
+    """Channel scale, Kronecker product, scale: x̃ = (x ∘ s) P ∘ r, and W̃ = (W / s) P^{-T} / r.
 
-    While a unit is open, s and P are parameters; `fold` turns them into three buffers
-    (`channel_scale` [channels], `left` [a, a], `right` [b, b]), any of which may be absent.
+    While a unit is open, s, P and r are parameters; `fold` turns them into buffers
+    (`channel_scale` [channels], `left` [a, a], `right` [b, b], `rotated_scale` [channels]), any of
+    which may be absent. Nobody needs both scales.
 
     Args:
         channel_scale: Start value of s, shape [channels], positive; None leaves it out.
         kronecker: The learned product; None leaves it out.
-        learn_scale: Whether s receives gradients.
+        rotated_scale: Start value of r, shape [channels], positive; None leaves it out.
+        learn_scale: Whether s and r receive gradients.
 
-    Source: S²Q-VDiT and its stated origin FlatQuant (arXiv 2410.09426): scale before rotation.
+    Source: scale before rotation as FlatQuant (arXiv 2410.09426), S²Q-VDiT's stated origin; after
+    it as QuantVGGT, code of the same group.
     """
+
+    PARTS: ClassVar = ("channel_scale", "left", "right", "rotated_scale")
+    """Names of the buffers that a folded transform keeps."""
 
     channel_scale: Tensor | None
     left: Tensor | None
     right: Tensor | None
+    rotated_scale: Tensor | None
 
     def __init__(
         self,
         channel_scale: Tensor | None,
         kronecker: KroneckerTransform | None = None,
         *,
+        rotated_scale: Tensor | None = None,
         learn_scale: bool = True,
     ) -> None:
         super().__init__()
-        if channel_scale is not None and learn_scale:
-            # A parameter of the logarithm would change the published learning rate's meaning.
-            self.channel_scale = nn.Parameter(channel_scale.clone())
-        else:
-            self.register_buffer("channel_scale", channel_scale)
+        for name, scale in (("channel_scale", channel_scale), ("rotated_scale", rotated_scale)):
+            if scale is not None and learn_scale:
+                # A parameter of the logarithm would change the published learning rate's meaning.
+                self.register_parameter(name, nn.Parameter(scale.clone()))
+            else:
+                self.register_buffer(name, scale)
         self.kronecker = kronecker
         self._ready: Factors | None = None
         self._sharing = False
@@ -53,10 +64,14 @@ class InputTransform(nn.Module):
 
     @classmethod
     def closed(
-        cls, channel_scale: Tensor | None, left: Tensor | None, right: Tensor | None
+        cls,
+        channel_scale: Tensor | None,
+        left: Tensor | None,
+        right: Tensor | None,
+        rotated_scale: Tensor | None = None,
     ) -> "InputTransform":
         """A folded transform that holds these tensors."""
-        transform = cls(channel_scale, learn_scale=False)
+        transform = cls(channel_scale, rotated_scale=rotated_scale, learn_scale=False)
         transform.left, transform.right = left, right
         return transform
 
@@ -85,10 +100,10 @@ class InputTransform(nn.Module):
         if self.channel_scale is not None:
             inputs = inputs * self.channel_scale
         if self.kronecker is not None:
-            return apply_kronecker(inputs, *self._factors()[:2])
-        if self.left is not None and self.right is not None:
-            return apply_kronecker(inputs, self.left, self.right)
-        return inputs
+            inputs = apply_kronecker(inputs, *self._factors()[:2])
+        elif self.left is not None and self.right is not None:
+            inputs = apply_kronecker(inputs, self.left, self.right)
+        return inputs if self.rotated_scale is None else inputs * self.rotated_scale
 
     def weight(self, weight: Tensor) -> Tensor:
         """The weight [out, channels] that meets the transformed input with the same product."""
@@ -96,7 +111,7 @@ class InputTransform(nn.Module):
             weight = weight / self.channel_scale
         if self.kronecker is not None:
             weight = apply_kronecker(weight, *self._factors()[2:])
-        return weight
+        return weight if self.rotated_scale is None else weight / self.rotated_scale
 
     @torch.no_grad()
     def folded_weight(self, weight: Tensor) -> Tensor:
@@ -111,15 +126,25 @@ class InputTransform(nn.Module):
         if self.left is not None and self.right is not None:
             left, right = (torch.linalg.inv(f.double()).T for f in (self.left, self.right))
             weight = apply_kronecker(weight, left.contiguous(), right.contiguous())
+        if self.rotated_scale is not None:
+            weight = weight / self.rotated_scale.double()
         return weight.float()
+
+    def folded_gram(self, gram: Tensor) -> Tensor:
+        """Gram of the transformed inputs from that of the inputs, both [channels, channels].
+
+        float64. Only once folded.
+        """
+        return transform_gram(gram, self.channel_scale, self.left, self.right, self.rotated_scale)
 
     @torch.no_grad()
     def fold(self) -> None:
         """Turns the parameters into buffers; idempotent, so that sharers may each ask for it."""
-        if isinstance(self.channel_scale, nn.Parameter):
-            scale = self.channel_scale.detach().clone()
-            del self.channel_scale
-            self.register_buffer("channel_scale", scale)
+        for name in ("channel_scale", "rotated_scale"):
+            scale = getattr(self, name)
+            if isinstance(scale, nn.Parameter):
+                delattr(self, name)
+                self.register_buffer(name, scale.detach().clone())
         if self.kronecker is not None:
             # float64: the Cayley map solves a linear system, whose float32 error would be kept.
             left, right = self.kronecker.factors(torch.float64)

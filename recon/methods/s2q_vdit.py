@@ -30,6 +30,7 @@ from recon.losses.reconstruction import token_weighted_error, token_weights
 from recon.quantizers.gptq import gptq_codes
 from recon.quantizers.transforms import (
     KroneckerTransform,
+    apply_kronecker,
     kronecker_split,
     smoothing_scale,
     transform_gram,
@@ -82,6 +83,9 @@ class S2QVDiT(Reconstruction):
             clip from 0.982 to 0.969 of the range in 600 steps.
         lr_floor: Share of each rate that the cosine ends at. Source: QuantVGGT (the group's code).
         alpha: SmoothQuant exponent of the start value of s; both 0.3 and 0.5 are in the ancestors.
+        scale_order: Whether s scales the channels before the rotation (FlatQuant) or after it
+            (QuantVGGT). After it, s starts from the root mean square of the rotated channels, not
+            from their largest magnitude, which one recording pass cannot know.
         learn_scale: Whether s is learned.
         learn_weight_clip: Whether weight clips are learned.
         learn_activation_clip: Whether activation clips are learned.
@@ -109,6 +113,7 @@ class S2QVDiT(Reconstruction):
         weight_decay: float = 0.01,
         lr_floor: float = 1e-3,
         alpha: float = 0.5,
+        scale_order: Literal["before_rotation", "after_rotation"] = "before_rotation",
         learn_scale: bool = True,
         learn_weight_clip: bool = True,
         learn_activation_clip: bool = True,
@@ -127,6 +132,7 @@ class S2QVDiT(Reconstruction):
             raise ConfigError(f"model.epochs must be at least 1, got {epochs}.")
         self.epochs, self.transform_lr, self.clip_lr = epochs, transform_lr, clip_lr
         self.weight_decay, self.lr_floor, self.alpha = weight_decay, lr_floor, alpha
+        self.scale_order = scale_order
         self.learn_scale, self.learn_weight_clip = learn_scale, learn_weight_clip
         self.learn_activation_clip = learn_activation_clip
         self.gptq, self.gptq_inputs, self.gptq_damping = gptq, gptq_inputs, gptq_damping
@@ -137,7 +143,9 @@ class S2QVDiT(Reconstruction):
     @property
     def wants_gram(self) -> bool:
         """GPTQ's Hessian is the Gram matrix of the inputs, moved through the transform."""
-        return self.gptq and self.gptq_inputs == "full_precision"
+        return (
+            self.gptq and self.gptq_inputs == "full_precision"
+        ) or self.scale_order == "after_rotation"
 
     @property
     def wants_attention(self) -> bool:
@@ -192,13 +200,12 @@ class S2QVDiT(Reconstruction):
         return layers
 
     def _transform(self, group: LayerGroup, unit: OpenUnit) -> InputTransform:
-        weights = torch.stack([w.weight.float().abs().amax(dim=0) for w in group.linears.values()])
-        scale = smoothing_scale(
-            unit.record.absmax[group.name], weights.amax(dim=0), self.alpha
-        )  # over output rows of all linears
+        weight = torch.cat([linear.weight.float() for linear in group.linears.values()])
+        activation = unit.record.absmax[group.name]
+        width = activation.numel()
         if self.rotation.kind == "none":
+            scale = smoothing_scale(activation, weight.abs().amax(dim=0), self.alpha)
             return InputTransform(scale, learn_scale=self.learn_scale)
-        width = scale.numel()
         kronecker = KroneckerTransform(
             width,
             split=self._split(width, group.name),
@@ -206,7 +213,16 @@ class S2QVDiT(Reconstruction):
             start=self.rotation.start,
             generator=self.generator("rotation", group.name),
         )
-        return InputTransform(scale, kronecker, learn_scale=self.learn_scale)
+        if self.scale_order == "before_rotation":
+            scale = smoothing_scale(activation, weight.abs().amax(dim=0), self.alpha)
+            return InputTransform(scale, kronecker, learn_scale=self.learn_scale)
+        left, right, *inverse = (f.detach().to(weight.device) for f in kronecker.all_factors())
+        gram = transform_gram(unit.record.gram[group.name].to(weight.device), None, left, right)
+        turned = apply_kronecker(weight, *inverse)
+        scale = smoothing_scale(
+            gram.diagonal().sqrt().float(), turned.abs().amax(dim=0), self.alpha
+        )
+        return InputTransform(None, kronecker, rotated_scale=scale, learn_scale=self.learn_scale)
 
     def _split(self, width: int, name: str) -> tuple[int, int]:
         split = (self.rotation.splits or {}).get(width)
@@ -244,7 +260,8 @@ class S2QVDiT(Reconstruction):
         named: dict[str, list[Tensor]] = {"scale": [], "rotation": [], "clip": []}
         for name, parameter in self.quantizers.named_parameters():
             last = name.rsplit(".", 1)[-1]
-            kind = "clip" if "clip" in last else "scale" if last == "channel_scale" else "rotation"
+            scales = ("channel_scale", "rotated_scale")
+            kind = "clip" if "clip" in last else "scale" if last in scales else "rotation"
             named[kind].append(parameter)
         rates = {"scale": self.transform_lr, "rotation": self.transform_lr, "clip": self.clip_lr}
         return [
@@ -273,7 +290,8 @@ class S2QVDiT(Reconstruction):
         if not self.gptq:
             super().close_unit(unit)
             return
-        record = unit.record if self.wants_gram else walk.record_student(self, unit)
+        teachers = self.gptq_inputs == "full_precision"
+        record = unit.record if teachers else walk.record_student(self, unit)
         for group in unit.groups:
             gram = record.gram[group.name]
             folded: Tensor | None = None
@@ -283,9 +301,7 @@ class S2QVDiT(Reconstruction):
                 assert layer.rounding is not None
                 transform = layer.transform
                 if folded is None and transform is not None:
-                    folded = transform_gram(
-                        gram, transform.channel_scale, transform.left, transform.right
-                    )
+                    folded = transform.folded_gram(gram)
                 scale = layer.rounding.scale(weight)
                 codes = gptq_codes(
                     weight,

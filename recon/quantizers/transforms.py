@@ -287,15 +287,20 @@ def smoothing_scale(activation_absmax: Tensor, weight_absmax: Tensor, alpha: flo
 
 
 def transform_gram(
-    gram: Tensor, channel_scale: Tensor | None, left: Tensor | None, right: Tensor | None
+    gram: Tensor,
+    channel_scale: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    rotated_scale: Tensor | None = None,
 ) -> Tensor:
-    """Gram of the transformed inputs, T^T G T for T = diag(s) P, float64 [in_, in_].
+    """Gram of the transformed inputs, T^T G T for T = diag(s) P diag(r), float64 [in_, in_].
 
     Args:
         gram: x^T x of the untouched inputs, [in_, in_].
         channel_scale: s, [in_]; None for none.
         left: Left factor of P; None, as well as right, for none.
         right: Right factor of P.
+        rotated_scale: r, [in_]; None for none.
 
     Raises:
         ConfigError: Only one factor is given, or the factors do not fit the gram.
@@ -305,12 +310,16 @@ def transform_gram(
             "transform_gram got only one of the two Kronecker factors. Pass left and right, or "
             "None for both."
         )
-    result = gram.to(torch.float64)
-    if channel_scale is not None:
-        scale = channel_scale.to(torch.float64)
-        result = scale.unsqueeze(1) * result * scale
+    result = _scaled_both_ways(gram.to(torch.float64), channel_scale)
     if left is not None and right is not None:
         # G P first; the transpose of (G P)^T P is then P^T G P.
         result = apply_kronecker(result, left, right)
         result = apply_kronecker(result.t(), left, right).t().contiguous()
-    return result
+    return _scaled_both_ways(result, rotated_scale)
+
+
+def _scaled_both_ways(gram: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is None:
+        return gram
+    wide = scale.to(gram.dtype)
+    return wide.unsqueeze(1) * gram * wide

@@ -20,7 +20,7 @@ from transformers import T5EncoderModel, T5Tokenizer
 from recon.zoo import video_teacher, world
 from recon.zoo.muon import Muon
 from recon.zoo.video_autoencoder import SCALING, SPATIAL_FACTOR, clips, pool
-from recon.zoo.video_recipe import Recipe, Round, cosine
+from recon.zoo.video_recipe import Recipe, Round, constant, cosine
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ def train_denoiser(recipe: Recipe, save: _Save) -> Denoiser:
     denoiser = build_denoiser(recipe, len(lessons.tokenizer))
     for part in recipe.rounds():
         loss_of = partial(lessons.loss, recipe=recipe, part=part)
-        denoiser = train_round(recipe, loss_of, denoiser, steps=part.steps, save=save)
+        denoiser = train_round(recipe, loss_of, denoiser, part=part, save=save)
     return denoiser
 
 
@@ -203,7 +203,7 @@ def train_round(
     loss_of: Callable[[Denoiser], Tensor],
     denoiser: Denoiser,
     *,
-    steps: int,
+    part: Round,
     save: _Save,
 ) -> Denoiser:
     """Running average of the weights over one round of training.
@@ -212,14 +212,16 @@ def train_round(
         recipe: Learning rate, decay of the average and interval of saving count.
         loss_of: Loss of one fresh batch.
         denoiser: Is trained in place.
-        steps: Optimizer steps.
+        part: Steps and course of the learning rate count.
         save: Is given the average every `save_every` steps.
     """
     average = copy.deepcopy(denoiser).requires_grad_(False)
     parameters = list(denoiser.parameters())
     averages: list[Tensor] = list(average.parameters())
     optimizers = build_optimizers(denoiser, recipe.rate)
-    factor = partial(cosine, steps=steps, warmup=min(recipe.warmup, steps))
+    steps, warmup = part.steps, min(recipe.warmup, part.steps)
+    course = partial(cosine, steps=steps) if part.decay else constant
+    factor = partial(course, warmup=warmup)
     schedules = [torch.optim.lr_scheduler.LambdaLR(each, factor) for each in optimizers]
     begin, sums = time.monotonic(), 0.0
     for step in range(1, steps + 1):

@@ -32,7 +32,9 @@ COLOURS: Mapping[str, tuple[float, float, float]] = MappingProxyType(
         "magenta": (0.85, 0.20, 0.85),
     }
 )
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = ("circle", "ring", "bar", "pillar")
+"""Coarse on purpose: a small network sees cells of 4 x 4 pixels, in which a square and a circle of
+the same area hardly differ."""
 MOTIONS: Mapping[str, tuple[int, int]] = MappingProxyType(
     {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}
 )
@@ -44,7 +46,7 @@ SPEED = (1.6, 2.1)
 BACKDROP = (0.15, 0.35)
 SLOPE = (0.0, 0.12)
 EXTENT: Mapping[str, float] = MappingProxyType(
-    {"circle": 1.0, "square": 0.89, "triangle": 1.56, "cross": 1.19}
+    {"circle": 1.0, "ring": 1.25, "bar": 1.41, "pillar": 1.41}
 )
 """Farthest a shape reaches from its centroid along an axis, in radii."""
 
@@ -214,17 +216,15 @@ def coverage(shape: str, x: Tensor, y: Tensor, radius: Tensor, height: int, widt
 
 def _distance(shape: str, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
     """Signed distance to the outline, negative inside; every shape has the area pi radius^2."""
+    from_centre = (dx.square() + dy.square()).sqrt()
     if shape == "circle":
-        return (dx.square() + dy.square()).sqrt() - radius
-    if shape == "square":
-        return torch.maximum(dx.abs(), dy.abs()) - radius * math.sqrt(math.pi) / 2
-    if shape == "triangle":  # equilateral, tip up, about its centroid
-        inner = radius * math.sqrt(math.pi / (3 * math.sqrt(3)))
-        return torch.maximum(dy, dx.abs() * math.sqrt(3) / 2 - dy / 2) - inner
-    half = radius * math.sqrt(math.pi / 20)  # cross: five squares of side 2 half
-    flat = torch.maximum(dx.abs() - 3 * half, dy.abs() - half)
-    upright = torch.maximum(dx.abs() - half, dy.abs() - 3 * half)
-    return torch.minimum(flat, upright)
+        return from_centre - radius
+    if shape == "ring":
+        return torch.maximum(from_centre - 1.25 * radius, 0.75 * radius - from_centre)
+    long, short = (radius * math.sqrt(math.pi * ratio) / 2 for ratio in (2.5, 1 / 2.5))
+    if shape == "bar":
+        return torch.maximum(dx.abs() - long, dy.abs() - short)
+    return torch.maximum(dx.abs() - short, dy.abs() - long)  # pillar
 
 
 def _pixel_grid(height: int, width: int) -> tuple[Tensor, Tensor]:

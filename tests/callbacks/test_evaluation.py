@@ -30,7 +30,7 @@ from recon.callbacks.evaluation import (
 from recon.callbacks.videos import MediaLogger, VideoWriter, enlarge, side_by_side, write_video
 from recon.errors import ConfigError, NumericsError
 
-PROMPTS = ("a red circle moves left", "the blue square rests still", "no scene of this world")
+PROMPTS = ("a red circle moves left", "the blue ring rests still", "no scene of this world")
 
 
 def clip(seed: int, frames: int = 4, height: int = 24, width: int = 32) -> Tensor:
@@ -279,7 +279,7 @@ def test_media_goes_to_the_run_folder_and_to_wandb(
     )
     logger.experiment.finish()
     kept = sorted(path.name for path in (tmp_path / "videos").iterdir())
-    assert kept == ["test_a-red-circle-moves-left_0.gif", "test_the-blue-square-rests-still_1.gif"]
+    assert kept == ["test_a-red-circle-moves-left_0.gif", "test_the-blue-ring-rests-still_1.gif"]
     assert len(list(tmp_path.glob("wandb/offline-*/files/media/videos/**/*.gif"))) == 2
 
 

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,18 +33,31 @@ def whole(pipeline: Path, finished_run: Path, tmp_path_factory: pytest.TempPathF
     return root
 
 
-def wait_for(condition: object, running: subprocess.Popen[bytes], timeout: float = 120) -> None:
-    assert callable(condition)
+def wait_until(condition: Callable[[], bool], timeout: float) -> None:
     started = time.monotonic()
-    while not condition() and running.poll() is None:
+    while not condition():
         assert time.monotonic() - started < timeout
         time.sleep(0.01)
+
+
+def there(file: Path, running: subprocess.Popen[bytes]) -> None:
+    """Waits until a run has written `file`, or ended."""
+    wait_until(lambda: file.exists() or running.poll() is not None, 120)
+
+
+def alive(group: int) -> bool:
+    """Whether a process of the group is there."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def killed(arguments: list[str], root: Path, after: float) -> None:
     """Starts a run and kills all of it `after` seconds past the moment its fit begins."""
     running = process(arguments, root.parent / "log")
-    wait_for((root / "config.yaml").exists, running)
+    there(root / "config.yaml", running)
     time.sleep(after)
     if running.poll() is None:
         os.killpg(running.pid, signal.SIGKILL)
@@ -77,7 +91,7 @@ def test_sigterm_saves_a_checkpoint_inside_the_unit_and_the_run_goes_on(
     root = with_calibration(tmp_path / "run", finished_run)
     arguments = fit_arguments(root, pipeline, *LONG, "--step_checkpoint.every_n_steps", "100000")
     running = process(arguments, tmp_path / "log")
-    wait_for((root / "checkpoints" / "unit=001.ckpt").exists, running)
+    there(root / "checkpoints" / "unit=001.ckpt", running)
     time.sleep(0.3)
     running.send_signal(signal.SIGTERM)
     assert running.wait(60) == 143
@@ -86,6 +100,28 @@ def test_sigterm_saves_a_checkpoint_inside_the_unit_and_the_run_goes_on(
     assert not (root / "summary.json").exists()
     assert finished([*arguments, "--ckpt_path", "last"], tmp_path / "log") == 0
     assert codes(root) == codes(whole)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("whole_group", [False, True], ids=["first process", "all processes"])
+def test_sigterm_of_two_processes_stops_both_behind_the_same_step(
+    whole_group: bool, pipeline: Path, finished_run: Path, tmp_path: Path
+) -> None:
+    alone = with_calibration(tmp_path / "alone" / "run", finished_run)
+    more = (*LONG, "--model.batch_size", "2")
+    assert finished(fit_arguments(alone, pipeline, *more), tmp_path / "alone" / "log") == 0
+    root = with_calibration(tmp_path / "two" / "run", finished_run)
+    never = ("--step_checkpoint.every_n_steps", "100000")
+    arguments = fit_arguments(root, pipeline, *LONG, *GLOO, *never)
+    running = process(arguments, root.parent / "log")
+    there(root / "checkpoints" / "unit=001.ckpt", running)
+    time.sleep(0.3)
+    (os.killpg if whole_group else os.kill)(running.pid, signal.SIGTERM)
+    assert running.wait(60) == 143
+    wait_until(lambda: not alive(running.pid), 20)  # nobody is left behind
+    assert (root / "checkpoints" / "step.ckpt").exists()
+    assert finished([*arguments, "--ckpt_path", "last"], root.parent / "log") == 0
+    assert codes(root) == codes(alone)
 
 
 @pytest.mark.distributed

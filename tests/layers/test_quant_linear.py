@@ -75,6 +75,11 @@ TRANSFORMS: dict[str, Callable[[], InputTransform | None]] = {
     "rotation": lambda: InputTransform(
         None, KroneckerTransform(WIDTH, start="haar", generator=generator(4))
     ),
+    "rotation and scale": lambda: InputTransform(
+        None,
+        KroneckerTransform(WIDTH, start="haar", generator=generator(5)),
+        rotated_scale=torch.rand(WIDTH, generator=generator(6)) + 0.5,
+    ),
 }
 
 
@@ -163,7 +168,7 @@ def test_a_layer_adopted_from_saved_tensors_equals_the_one_that_was_saved(learne
     assert layer.rounding is not None
     layer.close(*layer.rounding.close(weight))
     saved = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    parts = [saved.get(f"transform.{part}") for part in ("channel_scale", "left", "right")]
+    parts = [saved.get(f"transform.{part}") for part in InputTransform.PARTS]
     other = QuantLinear(nn.Linear(WIDTH, OUT, bias=False, device="meta"), WEIGHT, TOKEN)
     other.adopt(saved, InputTransform.closed(*parts) if learned else None)
     other.bias = layer.bias

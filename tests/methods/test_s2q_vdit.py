@@ -154,6 +154,8 @@ SWITCHES: list[dict[str, Any]] = [
     {"rotation": Rotation(start="identity")},
     {"rotation": Rotation(splits={32: (2, 16)})},
     {"learn_scale": False},
+    {"scale_order": "after_rotation"},
+    {"scale_order": "after_rotation", "gptq": False},
     {"learn_weight_clip": False},
     {"learn_activation_clip": False},
     {"std": SparseTokenDistillation(norm_over="per_stream")},

@@ -227,6 +227,9 @@ def test_gram_of_transformed_inputs() -> None:
     moved = apply_kronecker(x * scale, left, right)
     gram = x.t() @ x
     torch.testing.assert_close(transform_gram(gram, scale, left, right), moved.t() @ moved)
+    last = draw(24, dtype=torch.float64, seed=5).exp()
+    both = transform_gram(gram, scale, left, right, last)
+    torch.testing.assert_close(both, (moved * last).t() @ (moved * last))
     scaled = (x * scale).t() @ (x * scale)
     torch.testing.assert_close(
         transform_gram(gram.float(), scale, None, None), scaled, rtol=1e-5, atol=1e-4

@@ -55,7 +55,7 @@ def test_every_shape_has_the_area_of_its_circle(shape: str) -> None:
 def test_shapes_move_as_told_and_stay_in_the_picture(motion: str) -> None:
     step_x, step_y = world.MOTIONS[motion]
     for seed in range(20):
-        scene = world.random_scene(world.Attributes("red", "triangle", motion), random.Random(seed))
+        scene = world.random_scene(world.Attributes("red", "bar", motion), random.Random(seed))
         video = world.draw(scene)
         red = (video[:, 0] - video[:, 1]) > 0.3
         assert not red[:, [0, -1]].any()
@@ -68,7 +68,7 @@ def test_shapes_move_as_told_and_stay_in_the_picture(motion: str) -> None:
 
 
 def test_a_still_scene_equals_its_frame() -> None:
-    scene = world.random_scene(world.Attributes("blue", "cross", "still"), random.Random(1))
+    scene = world.random_scene(world.Attributes("blue", "ring", "still"), random.Random(1))
     video = world.draw(scene, frames=3)
     assert video.shape == (3, 3, world.HEIGHT, world.WIDTH)
     assert float(video.min()) >= 0
