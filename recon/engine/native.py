@@ -65,6 +65,7 @@ def write_native(module: "Reconstruction", folder: Path) -> None:
         "recon": recon.__version__,
         "method": type(module).__name__,
         "adapter": f"{type(adapter).__module__}.{type(adapter).__qualname__}",
+        "adapter_arguments": adapter.arguments(),
         "dtype": str(adapter.compute_dtype(module.run_device)).removeprefix("torch."),
         "weight": asdict(module.weight),
         "layers": {
@@ -121,7 +122,9 @@ def load(run: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     """
     folder = Path(run) / "quantized" if (Path(run) / "quantized").is_dir() else Path(run)
     manifest = _manifest(folder)
-    adapter = _adapter_class(manifest["adapter"]).of_network_folder(folder, manifest["dtype"])
+    adapter = _adapter_class(manifest["adapter"]).of_network_folder(
+        folder, manifest["dtype"], **manifest["adapter_arguments"]
+    )
     network = adapter.network_from(load_file(folder / "network.safetensors"), device)
     saved = load_file(folder / "quantized.safetensors", device=str(device))
     described: dict[str, Any] = manifest["layers"]

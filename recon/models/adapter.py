@@ -1,6 +1,7 @@
 """What a model family tells the rest of the library about itself; knows no method."""
 
 import copy
+import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Set
@@ -47,6 +48,39 @@ class ExposesAttention(Protocol):
 
     def attention_tokens(self, state: State) -> Tensor:
         """Bool [batch, tokens]: True where a token is real, False where it is padding."""
+        ...
+
+
+@runtime_checkable
+class FoldsScales(Protocol):
+    """Channel scales that the layers in front of a linear can take over, at no cost when run.
+
+    Folding multiplies the input of a linear by a scale; whoever asks for it divides the linear's
+    columns by the same scale, and the block computes what it did.
+    """
+
+    def foldable(self, block_name: str) -> tuple[str, ...]:
+        """Linears whose input can be scaled by what produces it, in call order.
+
+        Each is the first of its `InputGroup` and stands for all of it.
+        """
+        ...
+
+    def fold(self, block: nn.Module, scales: Mapping[str, Tensor]) -> None:
+        """Changes the producers in `block` so that each named input comes out scaled.
+
+        Producers are replaced, not written to: tensors shared with a teacher keep their numbers.
+        Nothing else in the block changes; the linears that are named are the caller's to divide.
+
+        Args:
+            block: As `ModelAdapter.block` gives it, its linears quantised or not.
+            scales: Of some names of `foldable`, each [channels of that input], positive.
+
+        Raises:
+            CapabilityMissing: A name is not foldable, or a producer cannot take a scale.
+            ConfigError: A scale has another shape than the input has channels.
+            NumericsError: A scale is not positive and finite.
+        """
         ...
 
 
@@ -115,11 +149,23 @@ class ModelAdapter(ABC):
         cls,
         folder: str | Path,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        **arguments: Any,
     ) -> Self:
-        """An adapter on a folder that holds the network alone, without a pipeline around it."""
-        adapter = cls(str(folder), dtype)
+        """An adapter on a folder that holds the network alone, without a pipeline around it.
+
+        Args:
+            folder: Holds `config.json` and the weights.
+            dtype: As for every adapter.
+            **arguments: Further ones of the class, as `arguments` gives them.
+        """
+        adapter = cls(str(folder), dtype, **arguments)
         adapter.network_folder = adapter.folder
         return adapter
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments beside folder and dtype; an adapter keeps each under its own name."""
+        names = inspect.signature(type(self)).parameters
+        return {name: getattr(self, name) for name in names if name not in ("folder", "dtype")}
 
     @cached_property
     def weights(self) -> WeightStore:
@@ -213,7 +259,7 @@ class ModelAdapter(ABC):
         key = (name, str(torch.device(device)))
         weights = self._resident.get(key)
         if weights is None:
-            weights = self.weights.load(name, self.compute_dtype(device), device)
+            weights = self._read_block(name, device)
         if self.keep_resident:
             self._resident[key] = weights
         self._assign(block, weights)
@@ -282,6 +328,10 @@ class ModelAdapter(ABC):
     @cached_property
     def _meta(self) -> nn.Module:
         return self.empty_network()
+
+    def _read_block(self, name: str, device: Device) -> dict[str, Tensor]:
+        """Weights of a block from the files, by their name in it."""
+        return self.weights.load(name, self.compute_dtype(device), device)
 
     def _empty_block(self, name: str) -> nn.Module:
         if name not in self.block_names:

@@ -7,7 +7,7 @@ recon.zoo.measure NAME` measures it.
 
 from pathlib import Path
 
-TEACHERS = ("video",)
+TEACHERS = ("video", "image")
 """Names of the shipped teachers."""
 
 

@@ -6,7 +6,6 @@ Geometry: a clip of 9 frames of 56 x 64 pixels becomes 5 x 14 x 16 latents of 4 
 """
 
 import copy
-import tempfile
 from pathlib import Path
 
 from diffusers import (
@@ -17,6 +16,7 @@ from diffusers import (
 )
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
+from recon.zoo.pipeline_folder import write
 from recon.zoo.video_autoencoder import LATENT_CHANNELS, SPATIAL_FACTOR, TEMPORAL_FACTOR
 from recon.zoo.world import FRAMES, HEIGHT, WIDTH, vocabulary
 
@@ -111,10 +111,9 @@ def save(
 ) -> None:
     """Write the pipeline folder, the two large networks in half precision.
 
-    Each file appears whole: it is written aside and then renamed. The networks given stay as they
-    are, and so do files of `out` that are not the pipeline's, such as the model card. The text
-    encoder stays in single precision, because transformers loads a network in its stored
-    precision where diffusers does not, and the two would disagree.
+    The networks given stay as they are, and so do files of `out` that are not the pipeline's, such
+    as the model card. The text encoder stays in single precision, because transformers loads a
+    network in its stored precision where diffusers does not, and the two would disagree.
     """
     pipeline = CogVideoXPipeline(
         tokenizer=build_tokenizer(),
@@ -123,14 +122,7 @@ def save(
         transformer=copy.deepcopy(transformer).half().eval(),
         scheduler=build_scheduler(),
     )
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as aside:
-        pipeline.save_pretrained(aside)
-        for file in sorted(path for path in Path(aside).rglob("*") if path.is_file()):
-            target = out / file.relative_to(aside)
-            target.parent.mkdir(exist_ok=True)
-            file.chmod(0o644)  # safetensors writes for the owner alone
-            file.replace(target)
+    write(pipeline, out)
 
 
 def load(folder: Path) -> CogVideoXPipeline:

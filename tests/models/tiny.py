@@ -1,6 +1,7 @@
 """Tiny random pipelines, written as ordinary folders."""
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,135 @@ def tiny_sample(config: Any, batch: int = 1, seed: int = 0, timestep: int = 500)
         "encoder_hidden_states": torch.randn(text, generator=generator),
         "timestep": torch.full((batch,), timestep),
     }
+
+
+NAMES = (
+    "square",
+    "disc, circle",
+    "triangle",
+    "star",
+    "crane",
+    "ring",
+    "bar",
+    "dot",
+    "crane, cross",
+)
+"""Entries of id2label, the first of them; crane names two classes, as in ImageNet."""
+
+
+def write_tiny_dit(
+    folder: Path,
+    *,
+    layers: int = 2,
+    heads: int = 2,
+    head_dim: int = 16,
+    classes: int = 10,
+    size: int = 8,
+    learned_variance: bool = True,
+    equal_embedders: bool = True,
+    first_class: bool = False,
+    pipeline: bool = False,
+    seed: int = 0,
+    max_shard_size: str = "10GB",
+    **config: Any,
+) -> Path:
+    """A DiT folder with random weights in the layout of DiT-XL/2.
+
+    Args:
+        folder: Where it is written.
+        layers: Blocks.
+        heads: Attention heads; the width is heads · head_dim.
+        head_dim: Channels of a head.
+        classes: Classes; the embedding table has a null class more.
+        size: Height and width of the latents; the image has twice that.
+        learned_variance: The network also predicts a variance, in as many channels again.
+        equal_embedders: Every block's embedder holds the same numbers, as in the published files.
+        first_class: Description as in the published files, which are older than the class.
+        pipeline: Also write VAE and scheduler.
+        seed: Of the weights.
+        max_shard_size: Size at which the transformer is split into shards.
+        config: Further arguments of DiTTransformer2DModel.
+    """
+    from diffusers import DiTTransformer2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = DiTTransformer2DModel(
+            num_attention_heads=heads,
+            attention_head_dim=head_dim,
+            in_channels=LATENT_CHANNELS,
+            out_channels=(2 if learned_variance else 1) * LATENT_CHANNELS,
+            num_layers=layers,
+            sample_size=size,
+            num_embeds_ada_norm=classes,
+            **config,
+        )
+        for parameter in transformer.parameters():
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+        embedders = [block.norm1.emb for block in transformer.transformer_blocks]
+        if equal_embedders:
+            for embedder in embedders[1:]:
+                embedder.load_state_dict(embedders[0].state_dict())
+        transformer.save_pretrained(folder / "transformer", max_shard_size=max_shard_size)
+        if pipeline:
+            _write_image_parts(folder)
+    if first_class:
+        _describe_as_first_published(folder / "transformer" / "config.json")
+    index = {
+        "_class_name": "DiTPipeline",
+        "_diffusers_version": "0.42.1",
+        "id2label": {str(n): name for n, name in enumerate(NAMES[:classes])},
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def tiny_image_sample(config: Any, batch: int = 1, seed: int = 0) -> Sample:
+    """A random sample of the shape that a DiT's config asks for; its last label is the null class.
+
+    Each row has a timestep of its own.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    classes, size = config["num_embeds_ada_norm"], config["sample_size"]
+    labels = torch.randint(classes, (batch,), generator=generator)
+    labels[-1] = classes
+    return {
+        "hidden_states": torch.randn(batch, config["in_channels"], size, size, generator=generator),
+        "timestep": torch.randint(1000, (batch,), generator=generator),
+        "class_labels": labels,
+    }
+
+
+def _describe_as_first_published(file: Path) -> None:
+    """Class name and keys of facebook/DiT-XL-2-256, which has no norm_eps."""
+    config = json.loads(file.read_text())
+    config.pop("norm_eps")
+    further = {
+        "_class_name": "Transformer2DModel",
+        "cross_attention_dim": None,
+        "num_vector_embeds": None,
+        "only_cross_attention": False,
+        "use_linear_projection": False,
+    }
+    file.write_text(json.dumps({**config, **further}))
+
+
+def _write_image_parts(folder: Path) -> None:
+    from diffusers import AutoencoderKL, DDIMScheduler
+
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=2,
+        sample_size=16,
+    )
+    vae.save_pretrained(folder / "vae")
+    DDIMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")
 
 
 @functools.cache

@@ -1,0 +1,532 @@
+"""DiT of diffusers, class-conditional images: DiT-XL/2 at 256² and 512², and its class."""
+
+import copy
+import inspect
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any, Literal, cast
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from recon.errors import CapabilityMissing, ConfigError, NumericsError
+from recon.layers.tree import shared_copy
+from recon.models.adapter import Device, InputGroup, ModelAdapter
+from recon.models.folder import read_json
+from recon.models.folding import scale_norm, scale_rows
+from recon.models.image_pipeline import ImagePipeline, Sampler, check_classes
+from recon.models.weights import placed
+from recon.types import Sample, State
+
+BLOCKS = "transformer_blocks"
+EMBEDDER = "norm1.emb"
+"""Where a block of diffusers keeps an embedder of its own, of timestep and class."""
+FIRST_CLASS = "Transformer2DModel"
+"""Class name in the configuration of facebook/DiT-XL-2-256 and -512, which are older than the
+class that diffusers loads them with today."""
+
+GROUPS = (
+    InputGroup(("norm1.linear",), "modulation"),
+    InputGroup(("attn1.to_q", "attn1.to_k", "attn1.to_v"), "attention_input"),
+    InputGroup(("attn1.to_out.0",), "attention_output"),
+    InputGroup(("ff.net.0.proj",), "feed_forward_up"),
+    InputGroup(("ff.net.2",), "feed_forward_down"),
+)
+"""Linears of a block in call order. Source: PTQ4DiT, figure 7; Linears outside the blocks (both
+layers of the embedder, proj_out_1, proj_out_2) and the patch convolution are not the blocks'."""
+
+MODULATED = {"attn1.to_q": ("norm1.norm", 0), "ff.net.0.proj": ("norm3", 3)}
+"""Foldable inputs behind a norm: that norm, and which sixth of norm1.linear's rows is the shift.
+The sixths are shift, scale, gate of the attention, then of the feed-forward."""
+
+
+class DiT(ModelAdapter):
+    """DiTTransformer2DModel as a chain of blocks over image tokens.
+
+    A sample is one call of the transformer: `hidden_states` [batch, channels, height, width]
+    (square latents), `timestep` [batch], `class_labels` [batch] (whole numbers; the class after
+    the last one is the null class). Guidance is a batch of 2, conditional first.
+
+    A state holds the stream `hidden_states` [batch, tokens, channels] and `conditioning` [batch,
+    embedders, channels], the sum of the embedded timestep and class. diffusers gives every block
+    an embedder of its own and ignores what is passed to it. The published checkpoints hold 28
+    equal copies: then there is one embedder here and blocks have none. Training in diffusers lets
+    the copies drift apart: then each block gets what its own embedder makes, computed beforehand
+    as well. The files decide (`shares_conditioning`).
+
+    The defaults are those of diffusers. Published numbers of DiT were made with other ones:
+    downscale_freq_shift 0, norm3_eps 1e-6, sampler ddpm, guided_channels 3, and for PTQ4DiT the
+    VAE stabilityai/sd-vae-ft-mse.
+
+    Args:
+        folder: As for every adapter.
+        dtype: As for every adapter.
+        downscale_freq_shift: The frequencies of the timestep embedding are exp(-ln 1e4 · i / (128
+            - shift)). diffusers has 1 in its code; DiT was trained with 0. No configuration file
+            holds it: a network saved by save_pretrained loses it.
+        norm3_eps: Epsilon of the norm before the feed-forward layers. None: `norm_eps` of
+            config.json, 1e-5 if that has none; DiT was trained with 1e-6.
+        sampler: `ddim` or `ddpm`, as ImagePipeline explains.
+        guided_channels: How many of the latent's channels guidance is applied to, the first ones.
+            None: all, as diffusers does; the code of DiT guides 3 of its 4.
+        vae: Folder of an AutoencoderKL to decode with instead of the pipeline's own.
+
+    Raises:
+        ConfigError: An argument is out of its range.
+    """
+
+    network_class = "DiTTransformer2DModel"
+    pipeline_classes = ("DiTPipeline",)
+    subfolder = "transformer"
+    example = "facebook/DiT-XL-2-256"
+    streamed = ("hidden_states",)
+
+    def __init__(
+        self,
+        folder: str,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        *,
+        downscale_freq_shift: Literal[0, 1] = 1,
+        norm3_eps: float | None = None,
+        sampler: Sampler = "ddim",
+        guided_channels: int | None = None,
+        vae: str | None = None,
+    ) -> None:
+        super().__init__(folder, dtype)
+        if downscale_freq_shift not in (0, 1):
+            raise ConfigError(
+                f"DiT.downscale_freq_shift is {downscale_freq_shift!r}; it must be 1 (diffusers) "
+                "or 0 (the original DiT). Choose one of them."
+            )
+        if norm3_eps is not None and not 0 < norm3_eps < 1:
+            raise ConfigError(
+                f"DiT.norm3_eps is {norm3_eps!r}; it must lie between 0 and 1. Use 1e-6 for the "
+                "original DiT, or null for the value of config.json."
+            )
+        self.downscale_freq_shift = downscale_freq_shift
+        self.norm3_eps = norm3_eps
+        self.sampler: Sampler = sampler
+        self.guided_channels = guided_channels
+        self.vae = vae
+
+    @cached_property
+    def _shells(self) -> dict[str, nn.Module]:
+        """Networks without blocks, by device."""
+        return {}
+
+    @cached_property
+    def _embedders(self) -> dict[str, list[nn.Module]]:
+        """Embedders that differ, by device."""
+        return {}
+
+    @cached_property
+    def _pipelines(self) -> WeakValueDictionary[str, ImagePipeline]:
+        """A pipeline in use elsewhere, by device: it must not live longer for being here."""
+        return WeakValueDictionary()
+
+    # What the folder holds
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The network's `config.json`, in the words of DiTTransformer2DModel.
+
+        The first published files name the class Transformer2DModel and hold its further keys,
+        which mean nothing here.
+
+        Raises:
+            ConfigError: The file is missing or is not JSON.
+        """
+        config = read_json(self.network_folder / "config.json", type(self).__name__)
+        if config.get("_class_name") != FIRST_CLASS:
+            return config
+        from diffusers import DiTTransformer2DModel
+
+        known = inspect.signature(DiTTransformer2DModel.__init__).parameters
+        kept = {key: value for key, value in config.items() if key in known}
+        return {**kept, "_class_name": self.network_class}
+
+    def identity(self) -> dict[str, str]:
+        """As for every adapter, and the switches that change the network or what it is shown."""
+        switches = ("downscale_freq_shift", "norm3_eps", "sampler", "guided_channels")
+        protocol = {name: getattr(self, name) for name in switches}
+        return {**super().identity(), "protocol": json.dumps(protocol, sort_keys=True)}
+
+    @cached_property
+    def shares_conditioning(self) -> bool:
+        """Whether the embedders of all blocks hold the same numbers.
+
+        Reads the embedders from the files, two tensors at a time: 0.3 GB for DiT-XL/2 in float32.
+
+        Raises:
+            WeightsError: The files lack a tensor of an embedder, or are damaged.
+        """
+        first, *others = (f"{block}.{EMBEDDER}." for block in self.block_names)
+        for leaf in self._meta.get_submodule(first[:-1]).state_dict():
+            expected = self._stored(first + leaf)
+            if not all(torch.equal(self._stored(other + leaf), expected) for other in others):
+                return False
+        return True
+
+    def _check_description(self) -> None:
+        super()._check_description()
+        norm = self.config.get("norm_type", "ada_norm_zero")
+        classes = self.config.get("num_embeds_ada_norm", 1000)
+        if norm != "ada_norm_zero" or not isinstance(classes, int) or classes < 1:
+            raise ConfigError(
+                f"norm_type is {norm!r} and num_embeds_ada_norm is {classes!r} in "
+                f"{self.network_folder / 'config.json'}; DiT reads ada_norm_zero with at least one "
+                "class, whose blocks take shift, scale and gate from timestep and class. Use the "
+                "adapter of the family that the other norm belongs to (ada_norm_single: PixArt)."
+            )
+
+    # Names and shapes, without memory
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """`transformer_blocks.0` and so on.
+
+        Raises:
+            ConfigError: num_layers of config.json is missing or below 1.
+        """
+        layers = self.config.get("num_layers")
+        if not isinstance(layers, int) or layers < 1:
+            raise ConfigError(
+                f"num_layers is {layers!r} in {self.network_folder / 'config.json'}; it must be a "
+                "whole number of at least 1. Use the config.json saved with the weights."
+            )
+        return tuple(f"{BLOCKS}.{index}" for index in range(layers))
+
+    def input_groups(self, block_name: str) -> tuple[InputGroup, ...]:
+        """The five inputs of a block: the same in every block."""
+        return GROUPS
+
+    def empty_network(self) -> nn.Module:
+        """A DiTTransformer2DModel on the meta device."""
+        with torch.device("meta"):
+            return self._built(self.config)
+
+    def stream_bytes(self, rows: int, device: Device) -> int:
+        """Bytes of the stream of one sample, at the size of config.json."""
+        config = self._settings
+        tokens = (config.sample_size // config.patch_size) ** 2
+        width = config.num_attention_heads * config.attention_head_dim
+        return int(rows * tokens * width * self.compute_dtype(device).itemsize)
+
+    # The network, block by block
+
+    def block(self, name: str, device: Device) -> nn.Module:
+        """As for every adapter; the block takes its conditioning from the state.
+
+        Raises:
+            ConfigError: The network has no block of that name.
+            WeightsError: The files lack some of the block's weights, or hold other shapes.
+        """
+        block = super().block(name, device)
+        position = 0 if self.shares_conditioning else self.block_names.index(name)
+        embedder = block.get_submodule(EMBEDDER)
+        embedder.register_buffer("position", torch.tensor([position], device=device), False)
+        return block
+
+    @torch.no_grad()
+    def embed(self, sample: Sample, device: Device) -> State:
+        """Stream and conditioning that enter the first block.
+
+        Raises:
+            ConfigError: A class label is out of range, or the latents are not square or not whole
+                patches.
+        """
+        check_classes(sample["class_labels"], self._settings.num_embeds_ada_norm)
+        self._check_latents(sample["hidden_states"])
+        timestep, labels = sample["timestep"].to(device), sample["class_labels"].to(device)
+        latents = sample["hidden_states"].to(device, self.compute_dtype(device))
+        stream = self._shell(device).get_submodule("pos_embed")(latents)
+        embedded = [
+            embedder(timestep, labels, hidden_dtype=stream.dtype)
+            for embedder in self._embedders_on(device)
+        ]
+        # contiguous: the stream is a transposed view, whose rows could not be sliced cheaply
+        return {"hidden_states": stream.contiguous(), "conditioning": torch.stack(embedded, dim=1)}
+
+    def forward_block(self, block: nn.Module, state: State) -> State:
+        """A new state: the stream replaced, the conditioning kept.
+
+        Raises:
+            CapabilityMissing: The block does not return a tensor of the shape it got.
+        """
+        stream = state["hidden_states"]
+        # What a stock block is given as timestep goes to its embedder, and nowhere else.
+        returned = block(hidden_states=stream, timestep=state["conditioning"], class_labels=None)
+        if not isinstance(returned, Tensor) or returned.shape != stream.shape:
+            found = list(returned.shape) if isinstance(returned, Tensor) else "no tensor"
+            raise CapabilityMissing(
+                f"{type(block).__name__} returned a {type(returned).__name__} ({found}); DiT reads "
+                f"one tensor of {list(stream.shape)}. Write an adapter whose forward_block reads "
+                "this structure."
+            )
+        return {**state, "hidden_states": returned}
+
+    def output(self, sample: Sample, state: State, device: Device) -> Tensor:
+        """Prediction of the network, [batch, out channels, height, width].
+
+        With a learned variance there are twice as many channels as the latents have: noise, then
+        the interpolation coefficients of the variance.
+        """
+        shell = self._shell(device)
+        shell.set_submodule(BLOCKS, nn.ModuleList([_Injector(state)]))
+        try:
+            (output,) = shell(
+                hidden_states=sample["hidden_states"].to(device, self.compute_dtype(device)),
+                return_dict=False,
+            )
+        finally:
+            # The module holds a state; the shell must not keep it alive.
+            shell.set_submodule(BLOCKS, nn.ModuleList())
+        return cast(Tensor, output)
+
+    def tokens(self, state: State) -> Tensor:
+        """Image tokens, row by row: [batch, tokens, channels]."""
+        return state["hidden_states"]
+
+    def token_streams(self, state: State) -> dict[str, slice]:
+        """`image`: all tokens."""
+        return {"image": slice(0, state["hidden_states"].shape[1])}
+
+    def attention_tokens(self, state: State) -> Tensor:
+        """All True: an image has no padding."""
+        stream = state["hidden_states"]
+        return stream.new_ones(stream.shape[:2], dtype=torch.bool)
+
+    # Whole networks
+
+    def network(self, device: Device) -> nn.Module:
+        """The whole DiTTransformer2DModel with its weights, in eval mode.
+
+        Its embedders stay as many as the public class has, also where they are equal: tied, they
+        could not be saved by save_pretrained. They are 10 % of DiT-XL/2.
+        """
+        names = self._meta.state_dict().keys()
+        weights = self.weights.load_names(names, self.compute_dtype(device), device)
+        return self._network_of(weights, device)
+
+    def network_from(self, weights: Mapping[str, Tensor], device: Device) -> nn.Module:
+        """As `network`, from given weights, which are copied; Linears of blocks may lack theirs.
+
+        Raises:
+            WeightsError: Other weights are missing, or some do not fit.
+        """
+        dtype = self.compute_dtype(device)
+        return self._network_of({n: placed(t, dtype, device) for n, t in weights.items()}, device)
+
+    def pipeline(self, device: Device, network: nn.Module | None = None) -> ImagePipeline:
+        """Sampling around a network; pipelines in use at the same time share the VAE.
+
+        Args:
+            device: Where to sample.
+            network: A DiTTransformer2DModel, quantised or not; the full-precision one if None.
+
+        Raises:
+            ConfigError: sampler or guided_channels do not suit the network, or a description in
+                the folder is missing or of another class.
+            WeightsError: The VAE's weights are missing or damaged.
+        """
+        key = str(torch.device(device))
+        made = ImagePipeline(
+            self.folder,
+            self.network(device) if network is None else network,
+            dtype=self.compute_dtype(device),
+            device=device,
+            sampler=self.sampler,
+            guided_channels=self.guided_channels,
+            vae=self.vae,
+            beside=self._pipelines.get(key),
+        )
+        self._pipelines[key] = made
+        return made
+
+    # Folding
+
+    def foldable(self, block_name: str) -> tuple[str, ...]:
+        """Query, key and value; the attention's output; the first feed-forward layer.
+
+        The second one has a GELU before it, and norm1.linear a SiLU: neither lets a scale through.
+        """
+        return ("attn1.to_q", "attn1.to_out.0", "ff.net.0.proj")
+
+    def fold(self, block: nn.Module, scales: Mapping[str, Tensor]) -> None:
+        """Scales inputs of linears by changing the norms, norm1.linear and to_v before them.
+
+        LN(z) ∘ (1 + γ) ∘ b + β ∘ b = (LN(z) ∘ b) ∘ (1 + γ) + (β ∘ b): the norm gets the weight b
+        and the rows of norm1.linear that make the shift β are multiplied by b. A norm has no
+        such weight in the public class, so a folded network is saved with one tensor more for each
+        norm. That weight has the block's type: in half precision, give scales that this type
+        holds (`scale.bfloat16()`) and divide the linears by the same, or its rounding remains.
+        to_v is divided in its columns for one scale and multiplied in its rows for another: in
+        either order, but its columns before it is quantised.
+
+        Deviates from PTQ4DiT, eq. 13 and 20, which scale the rows of γ too and replace the 1 by
+        the vector b. Keeping the 1, as a public model file would have to, means rows b(1 + γ) - 1,
+        which cancel for small b: 10 % error in bfloat16 at b = 0.01. Here γ stays as it is, so
+        that nothing cancels in any type, and fewer rows change.
+
+        Raises:
+            CapabilityMissing: A name is not foldable, or a producer cannot take a scale.
+            ConfigError: A scale has another shape than the input has channels.
+            NumericsError: A scale is not positive and finite.
+        """
+        modulation, to_v = (block.get_submodule(n) for n in ("norm1.linear", "attn1.to_v"))
+        width = cast(int, modulation.out_features) // 6
+        inner = cast(int, to_v.out_features)
+        for name, scale in scales.items():
+            self._check_scale(name, scale, inner if name == "attn1.to_out.0" else width)
+        for name, scale in scales.items():
+            if name not in MODULATED:
+                scale_rows(to_v, scale)
+                continue
+            norm, chunk = MODULATED[name]
+            scale_rows(modulation, scale, start=chunk * width)
+            scale_norm(
+                cast(nn.LayerNorm, block.get_submodule(norm)), scale, _floating_type(modulation)
+            )
+
+    def _check_scale(self, name: str, scale: Tensor, channels: int) -> None:
+        if name not in self.foldable(""):
+            raise CapabilityMissing(
+                f"A scale for {name!r} cannot be folded in DiT; {', '.join(self.foldable(''))} "
+                "can. Apply it to the input when the layer runs (a channel scale of its transform)."
+            )
+        if tuple(scale.shape) != (channels,):
+            raise ConfigError(
+                f"The scale for {name} has the shape {list(scale.shape)}; the input has {channels} "
+                f"channels. Give a vector [{channels}]."
+            )
+        if not bool(torch.isfinite(scale).all() and (scale > 0).all()):
+            raise NumericsError(
+                f"The scale for {name} reaches from {float(scale.min())} to {float(scale.max())}; "
+                "it must be positive and finite. Clamp the maxima it is made of (1e-5)."
+            )
+
+    # Inner parts
+
+    @property
+    def _settings(self) -> Any:
+        """The configuration, with the defaults of what config.json leaves out."""
+        return self._meta.config
+
+    def _stored(self, name: str) -> Tensor:
+        # float64 holds every stored type without loss: the comparison is of what is in the files.
+        return self.weights.load_names([name], torch.float64, "cpu")[name]
+
+    def _check_latents(self, latents: Tensor) -> None:
+        height, width = latents.shape[-2:]
+        patch = self._settings.patch_size
+        if height != width or height % patch:
+            raise ConfigError(
+                f"hidden_states are {height} x {width}; DiTTransformer2DModel puts tokens back "
+                f"into a square of whole patches of {patch} and would scramble or cut these. Give "
+                "latents with equal sides that the patch divides."
+            )
+
+    def _built(self, config: Mapping[str, Any]) -> nn.Module:
+        from diffusers import DiTTransformer2DModel
+
+        changed = {} if self.norm3_eps is None else {"norm_eps": self.norm3_eps}
+        network = DiTTransformer2DModel.from_config({**config, **changed})
+        for block in network.transformer_blocks:
+            block.norm1.emb.time_proj.downscale_freq_shift = self.downscale_freq_shift
+        return cast(nn.Module, network)
+
+    def _empty_block(self, name: str) -> nn.Module:
+        """Without an embedder of its own."""
+        block = shared_copy(super()._empty_block(name))
+        block.set_submodule(EMBEDDER, _CarriedConditioning())
+        return block
+
+    def _read_block(self, name: str, device: Device) -> dict[str, Tensor]:
+        start = f"{name}."
+        held = [
+            key
+            for key in self.weights.keys()  # noqa: SIM118
+            if key.startswith(start) and not key.startswith(f"{start}{EMBEDDER}.")
+        ]
+        loaded = self.weights.load_names(held, self.compute_dtype(device), device)
+        return {key.removeprefix(start): tensor for key, tensor in loaded.items()}
+
+    def _network_of(self, weights: Mapping[str, Tensor], device: Device) -> nn.Module:
+        network = self.empty_network()
+        optional = {
+            f"{block}.{linear}.weight"
+            for block in self.block_names
+            for linear in self.linear_shapes(block)
+        }
+        self._assign(network, weights, optional)
+        # The position table is computed, not stored.
+        for name, buffer in self._blockless().named_buffers():
+            owner, _, leaf = name.rpartition(".")
+            setattr(network.get_submodule(owner), leaf, buffer.to(device))
+        return network.requires_grad_(False).eval()
+
+    def _blockless(self) -> nn.Module:
+        """Patch embedding and head, with numbers that are still to be replaced."""
+        # They must not move the caller's random state.
+        with torch.random.fork_rng(devices=[]):
+            return self._built({**self.config, "num_layers": 0})
+
+    def _shell(self, device: Device) -> nn.Module:
+        """Patch embedding and head with their weights; the blocks are left out."""
+        key = str(torch.device(device))
+        if key not in self._shells:
+            shell = self._blockless()
+            names = shell.state_dict().keys()
+            self._assign(shell, self.weights.load_names(names, self.compute_dtype(device), device))
+            self._shells[key] = shell.to(torch.device(device)).requires_grad_(False).eval()
+        return self._shells[key]
+
+    def _embedders_on(self, device: Device) -> list[nn.Module]:
+        """One embedder, or one for each block where they differ."""
+        key = str(torch.device(device))
+        if key not in self._embedders:
+            blocks = self.block_names[:1] if self.shares_conditioning else self.block_names
+            self._embedders[key] = [self._embedder(f"{b}.{EMBEDDER}", device) for b in blocks]
+        return self._embedders[key]
+
+    def _embedder(self, name: str, device: Device) -> nn.Module:
+        embedder = copy.deepcopy(self._meta.get_submodule(name))
+        self._assign(embedder, self.weights.load(name, self.compute_dtype(device), device))
+        # eval: in training it would replace a tenth of the classes by the null class
+        return embedder.requires_grad_(False).eval()
+
+
+class _CarriedConditioning(nn.Module):
+    """Stands where a block has its embedder and gives back what the state carries."""
+
+    position: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A tensor: a number would make every block another program to torch.compile.
+        self.register_buffer("position", torch.zeros(1, dtype=torch.long), persistent=False)
+
+    def forward(self, conditioning: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
+        return conditioning.index_select(1, self.position).squeeze(1)
+
+
+class _Injector(nn.Module):
+    """Stands for all blocks: puts out a stream, and embeds as the first block would."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__()
+        self.stream = state["hidden_states"]
+        conditioning = state["conditioning"][:, 0]
+        self.norm1 = SimpleNamespace(emb=lambda *unused, **also_unused: conditioning)
+
+    def forward(self, *unused: Any, **also_unused: Any) -> Tensor:
+        return self.stream
+
+
+def _floating_type(linear: nn.Module) -> torch.dtype:
+    """Type a linear computes in: that of its bias, which also a quantised one keeps."""
+    bias = linear.bias
+    return bias.dtype if isinstance(bias, Tensor) else torch.float32

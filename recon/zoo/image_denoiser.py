@@ -1,0 +1,168 @@
+"""The image teacher's second training stage: the transformer."""
+
+import copy
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from diffusers import DDIMScheduler, DiTTransformer2DModel
+from torch import Tensor, nn
+
+from recon.zoo import image_teacher
+from recon.zoo.image_autoencoder import SCALING, pool
+from recon.zoo.image_objective import Chain, chain_of, hybrid_loss
+from recon.zoo.image_recipe import Recipe, factor
+from recon.zoo.image_scenes import label_of, pictures, random_scenes
+from recon.zoo.muon import Muon
+from recon.zoo.world import Scene
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What the transformer learns from: latents, their labels, and what noises them."""
+
+    latents: Tensor
+    """Scaled, [scenes, channels, height, width]."""
+    labels: Tensor
+    """[scenes]."""
+    scheduler: DDIMScheduler
+    chain: Chain
+    generator: torch.Generator
+
+    def loss(self, transformer: DiTTransformer2DModel, recipe: Recipe) -> Tensor:
+        """Hybrid loss of one fresh batch."""
+        chosen = torch.randint(len(self.labels), (recipe.batch,), generator=self.generator)
+        clean = self.latents[chosen]
+        noise = torch.randn(clean.shape, generator=self.generator)
+        timesteps = self._draw_timesteps(recipe)
+        predicted = transformer(
+            self.scheduler.add_noise(clean, noise, timesteps),
+            timestep=timesteps,
+            class_labels=self._drop_labels(self.labels[chosen], recipe.empty_labels),
+            return_dict=False,
+        )[0]
+        return hybrid_loss(predicted, noise, timesteps, self.chain)
+
+    def _drop_labels(self, labels: Tensor, share: float) -> Tensor:
+        """Labels [batch], a share of them replaced by the null class."""
+        dropped = torch.rand(labels.shape, generator=self.generator) < share
+        return labels.masked_fill(dropped, image_teacher.NULL_LABEL)
+
+    def _draw_timesteps(self, recipe: Recipe) -> Tensor:
+        """Timesteps [batch]: a share of them uniform, the others logit-normal, each stratified."""
+        uniform = round(recipe.batch * recipe.uniform_timesteps)
+        parts = []
+        for count in (uniform, recipe.batch - uniform):
+            strata = torch.arange(count) + torch.rand(count, generator=self.generator)
+            parts.append((strata / max(count, 1)).clamp(1e-4, 1 - 1e-4))
+        middle = (torch.special.ndtri(parts[1]) + recipe.timestep_shift).sigmoid()
+        share = torch.cat([parts[0], middle])
+        return (share * self.scheduler.config.num_train_timesteps).long()
+
+
+def prepare(recipe: Recipe) -> Lessons:
+    """Rendered and encoded scenes, and everything a batch is drawn with."""
+    scenes = random_scenes(recipe.seed + 3, recipe.scenes)
+    scheduler = image_teacher.build_scheduler()
+    return Lessons(
+        latents=encode(scenes),
+        labels=torch.tensor([label_of(scene) for scene in scenes]),
+        scheduler=scheduler,
+        chain=chain_of(scheduler.betas),
+        generator=torch.Generator().manual_seed(recipe.seed + 4),
+    )
+
+
+def encode(scenes: list[Scene], batch: int = 256) -> Tensor:
+    """Scaled latents of the scenes' pictures, [scenes, 4, 16, 16]."""
+    parts = [pool(pictures(scenes[i : i + batch])) for i in range(0, len(scenes), batch)]
+    return torch.cat(parts) * SCALING
+
+
+def start_transformer(seed: int) -> DiTTransformer2DModel:
+    """Transformer at DiT's starting weights, its embedders tied.
+
+    Source: https://arxiv.org/abs/2212.09748, section 3.2, and its code: every block starts as the
+    identity and the output as zero.
+
+    It stays in evaluation mode, in training too. Nothing else depends on the mode, and in training
+    mode each block drops labels on its own, so that hardly a pass would go without its label
+    altogether, as guidance needs.
+    """
+    torch.manual_seed(seed)
+    transformer = image_teacher.build_transformer()
+    image_teacher.tie_embedders(transformer)
+    for module in transformer.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    embedder = transformer.transformer_blocks[0].norm1.emb
+    nn.init.normal_(embedder.class_embedder.embedding_table.weight, std=0.02)
+    for layer in (embedder.timestep_embedder.linear_1, embedder.timestep_embedder.linear_2):
+        nn.init.normal_(layer.weight, std=0.02)
+    nn.init.xavier_uniform_(transformer.pos_embed.proj.weight.flatten(1))
+    nn.init.zeros_(transformer.pos_embed.proj.bias)
+    adaptive = [block.norm1.linear for block in transformer.transformer_blocks]
+    for layer in (*adaptive, transformer.proj_out_1, transformer.proj_out_2):
+        nn.init.zeros_(layer.weight)
+    return transformer.eval()
+
+
+def build_optimizers(
+    transformer: DiTTransformer2DModel, rate: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, which needs fewer samples; AdamW for everything else."""
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in transformer.named_parameters():
+        inside = name.startswith("transformer_blocks") and parameter.ndim == 2
+        (matrices if inside and ".norm" not in name else others).append(parameter)
+    return [
+        Muon(matrices, 2 * rate),
+        torch.optim.AdamW(others, rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def train_transformer(
+    recipe: Recipe, save: Callable[[DiTTransformer2DModel], None]
+) -> DiTTransformer2DModel:
+    """Running average of the trained transformer, its embedders tied.
+
+    Args:
+        recipe: The numbers of the run.
+        save: Is given the average every `save_every` steps.
+    """
+    lessons = prepare(recipe)
+    transformer = start_transformer(recipe.seed + 2)
+    average = copy.deepcopy(transformer).requires_grad_(False)
+    parameters = list(transformer.parameters())
+    averages: list[Tensor] = list(average.parameters())
+    optimizers = build_optimizers(transformer, recipe.rate)
+    course = partial(factor, recipe=recipe)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(each, course) for each in optimizers]
+    begin, sums = time.monotonic(), 0.0
+    for step in range(1, recipe.steps + 1):
+        loss = lessons.loss(transformer, recipe)
+        transformer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        decay = min(recipe.average, step / (step + 9))  # a young average forgets its start fast
+        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - decay)
+        sums += loss.item()
+        if step % 50 == 0:
+            seconds = time.monotonic() - begin
+            logger.info(
+                "transformer %d/%d loss %.4f, %.0f s", step, recipe.steps, sums / 50, seconds
+            )
+            sums = 0.0
+        if step % recipe.save_every == 0:
+            save(average)
+    return average
