@@ -1,8 +1,9 @@
 """Paired evaluation: the same prompts and seeds, full precision against quantised.
 
 The module's `validation_step` and `test_step` return {"prompt": list[str], "seed": list[int],
-"full_precision": videos, "quantized": videos} and, if it made one, "round_to_nearest": videos;
-videos are [batch, frames, 3, height, width] in [0, 1].
+"full_precision": samples, "quantized": samples} and, if it made one, "round_to_nearest": samples;
+samples are videos [batch, frames, 3, height, width] or pictures [batch, 3, height, width], in
+[0, 1]. Pictures have no numbers of time.
 """
 
 import importlib.util
@@ -23,7 +24,7 @@ from recon.callbacks.evaluating import Evaluating
 from recon.errors import ConfigError, NumericsError
 
 Oracle = Callable[[Tensor, str], Mapping[str, bool]]
-"""(video [frames, 3, height, width], prompt) -> answers by name; empty where it cannot judge."""
+"""(video or picture, prompt) -> answers by name; empty where it cannot judge."""
 Row = dict[str, Any]
 
 MODELS = ("full_precision", "round_to_nearest", "quantized")
@@ -32,25 +33,29 @@ MAX_PSNR = 100.0
 LPIPS_WEIGHTS = "alexnet-owt-7be5be79.pth"
 """torchvision's AlexNet, which LPIPS reads; the heads on it come with torchmetrics."""
 DEFINITIONS = {
-    "psnr": "dB over all pixels of a video, data range 1, capped at 100; mean over videos",
-    "psnr_interval": "95 % percentile bootstrap of the mean over videos",
-    "ssim": "structural similarity per frame, data range 1; mean over frames, then videos",
-    "lpips": "LPIPS (AlexNet) per frame; mean over frames, then videos",
+    "psnr": "dB over all pixels of a sample, data range 1, capped at 100; mean over samples",
+    "psnr_interval": "95 % percentile bootstrap of the mean over samples",
+    "ssim": "structural similarity per frame, data range 1; mean over frames, then samples",
+    "lpips": "LPIPS (AlexNet) per frame; mean over frames, then samples",
     "temporal_consistency": "1 - |dQ - dF| / (|dQ| + |dF|), L1 norms of frame-to-frame changes",
     "temporal_difference": "mean |dQ - dF| over pixels and frames (the L1 form of dtSSD)",
     "frame_similarity": "mean cosine similarity of consecutive frames, each less its mean",
 }
 
 
-def world_oracle(video: Tensor, prompt: str) -> Mapping[str, bool]:
+def world_oracle(sample: Tensor, prompt: str) -> Mapping[str, bool]:
     """Answers of the embedded world's exact oracle; none for prompts of another world."""
-    from recon.zoo.oracle import judge
-    from recon.zoo.world import parse_prompt
+    from recon.zoo.oracle import judge, judge_picture
+    from recon.zoo.world import COLOURS, SHAPES, parse_prompt
 
-    return judge(video, prompt) if parse_prompt(prompt) is not None else {}
+    if sample.ndim == 4:
+        return judge(sample, prompt) if parse_prompt(prompt) is not None else {}
+    colour, _, shape = prompt.partition(" ")
+    known = colour in COLOURS and shape in SHAPES
+    return judge_picture(sample, colour, shape) if known else {}
 
 
-# Numbers of one video or one pair; videos are [frames, 3, height, width] in [0, 1].
+# Numbers of one sample or one pair; samples are [frames, 3, height, width] in [0, 1].
 
 
 def psnr(one: Tensor, other: Tensor) -> float:
@@ -117,13 +122,13 @@ def lpips_unavailable() -> str | None:
 
 
 class PairedMetrics(Evaluating):
-    """Measures full-precision and quantised videos of the same prompts and seeds.
+    """Measures full-precision and quantised samples of the same prompts and seeds.
 
     Writes `test.json` (or `validate.json`) into the run folder, logs the means and prints a
     table. What each number means is in the file, under `settings.definitions`.
 
     Args:
-        oracle: Judges single videos, as a dotted path; null: none. `world_oracle` passes over
+        oracle: Judges single samples, as a dotted path; null: none. `world_oracle` passes over
             prompts that are not of the embedded world.
         show: Print the table.
     """
@@ -139,7 +144,7 @@ class PairedMetrics(Evaluating):
         self._rows = []
 
     def look(self, trainer: Trainer, outputs: Any, verb: str) -> None:
-        """Measures the batch; the videos are not kept."""
+        """Measures the batch; the samples are not kept."""
         if isinstance(outputs, Mapping) and "quantized" in outputs:
             self._rows += self.measure(outputs)
 
@@ -147,43 +152,45 @@ class PairedMetrics(Evaluating):
         """One row per prompt: its numbers for each model, and for each pair with full precision.
 
         Raises:
-            ConfigError: The videos of the models differ in shape.
-            NumericsError: A video holds NaN or Inf.
+            ConfigError: The samples of the models differ in shape.
+            NumericsError: A sample holds NaN or Inf.
         """
         models = [name for name in MODELS if name in outputs]
         rows = []
         for index, (prompt, seed) in enumerate(
             zip(outputs["prompt"], outputs["seed"], strict=True)
         ):
-            videos = {name: outputs[name][index].detach().float().cpu() for name in models}
-            _check_videos(videos, prompt)
+            samples = {name: outputs[name][index].detach().float().cpu() for name in models}
+            _check_samples(samples, prompt)
             row: Row = {"prompt": prompt, "seed": int(seed)}
-            row |= {name: self._single(video, prompt) for name, video in videos.items()}
+            row |= {name: self._single(sample, prompt) for name, sample in samples.items()}
             for name in models[1:]:
-                row[_pair(name)] = self._paired(videos["full_precision"], videos[name])
+                row[_pair(name)] = self._paired(samples["full_precision"], samples[name])
             rows.append(row)
         return rows
 
-    def _single(self, video: Tensor, prompt: str) -> dict[str, Any]:
-        numbers: dict[str, Any] = {"frame_similarity": frame_similarity(video)}
-        answers = self.oracle(video, prompt) if self.oracle is not None else {}
+    def _single(self, sample: Tensor, prompt: str) -> dict[str, Any]:
+        moving = sample.ndim == 4
+        numbers: dict[str, Any] = {"frame_similarity": frame_similarity(sample)} if moving else {}
+        answers = self.oracle(sample, prompt) if self.oracle is not None else {}
         if answers:
             numbers |= {name: bool(answer) for name, answer in answers.items()}
             numbers["all"] = all(answers.values())
         return numbers
 
-    def _paired(self, reference: Tensor, video: Tensor) -> dict[str, Any]:
-        numbers: dict[str, Any] = {
-            "psnr": psnr(reference, video),
-            "ssim": ssim(reference, video),
-            "temporal_consistency": temporal_consistency(reference, video),
-            "temporal_difference": temporal_difference(reference, video),
-        }
+    def _paired(self, reference: Tensor, sample: Tensor) -> dict[str, Any]:
+        moving = sample.ndim == 4
+        if not moving:
+            reference, sample = reference[None], sample[None]
+        numbers: dict[str, Any] = {"psnr": psnr(reference, sample), "ssim": ssim(reference, sample)}
+        if moving:
+            numbers["temporal_consistency"] = temporal_consistency(reference, sample)
+            numbers["temporal_difference"] = temporal_difference(reference, sample)
         if self._lpips is None:
             from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 
             distance = learned_perceptual_image_patch_similarity(
-                video.clamp(0, 1), reference.clamp(0, 1), net_type="alex", normalize=True
+                sample.clamp(0, 1), reference.clamp(0, 1), net_type="alex", normalize=True
             )
             numbers["lpips"] = float(distance)
         return numbers
@@ -202,9 +209,9 @@ class PairedMetrics(Evaluating):
             **given,
             "method": type(module).__name__,
             "lpips": self._lpips or "available",
-            "definitions": DEFINITIONS,
+            "definitions": _definitions(result),
         }
-        result["videos"] = rows
+        result["samples"] = rows
         module.log_dict(
             {f"{verb}/{name}": value for name, value in _scalars(result).items()},
             rank_zero_only=False,
@@ -263,7 +270,7 @@ def show_table(result: Mapping[str, Any], title: str) -> None:
     from rich.table import Table
 
     models = [name for name in MODELS if name in result]
-    table = Table(title=f"{title}: {result['full_precision']['count']} videos")
+    table = Table(title=f"{title}: {result['full_precision']['count']} samples")
     table.add_column("")
     for name in models:
         table.add_column(name.replace("_", " "), justify="right")
@@ -296,6 +303,12 @@ def _scalars(result: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
+def _definitions(result: Mapping[str, Any]) -> dict[str, str]:
+    """What the numbers of `result` mean."""
+    named = {name for part in result.values() if isinstance(part, Mapping) for name in part}
+    return {name: text for name, text in DEFINITIONS.items() if name in named}
+
+
 def _pair(model: str) -> str:
     return "paired" if model == "quantized" else f"paired_{model}"
 
@@ -304,16 +317,16 @@ def _mean(values: Sequence[float]) -> float:
     return float(sum(values) / len(values))
 
 
-def _check_videos(videos: Mapping[str, Tensor], prompt: str) -> None:
-    shapes = {name: list(video.shape) for name, video in videos.items()}
+def _check_samples(samples: Mapping[str, Tensor], prompt: str) -> None:
+    shapes = {name: list(sample.shape) for name, sample in samples.items()}
     if len({tuple(shape) for shape in shapes.values()}) > 1:
         raise ConfigError(
-            f"The videos of {prompt!r} differ in shape: {shapes}. Sample all models with the same "
+            f"The samples of {prompt!r} differ in shape: {shapes}. Sample all models with the same "
             "frames, height and width."
         )
-    for name, video in videos.items():
-        if not bool(video.isfinite().all()):
+    for name, sample in samples.items():
+        if not bool(sample.isfinite().all()):
             raise NumericsError(
-                f"The {name} video of {prompt!r} holds NaN or Inf. Check the scales of the "
+                f"The {name} sample of {prompt!r} holds NaN or Inf. Check the scales of the "
                 "quantised layers, or sample in a wider dtype."
             )

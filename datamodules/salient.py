@@ -18,6 +18,7 @@ from recon import errors
 from recon.calibration import ranks
 from recon.calibration.artefact import Fingerprint, Row, write_set
 from recon.calibration.selection import (
+    UNSCORED,
     Choice,
     SalientSelection,
     rank_correlation,
@@ -61,6 +62,11 @@ class Plan:
         """All prompts to sample, calibration first."""
         first = 1 if self.rule.first_step == "drop" else 0
         keep = [set(range(first, self.steps)) for _ in self.calibration]
+        if self.rule.metric in UNSCORED and self.rule.diversity == "none":
+            unscored = torch.ones(len(self.calibration), self.steps, 2)
+            keep = [set() for _ in self.calibration]
+            for choice in select(unscored, self.rule, self.seed):
+                keep[choice.prompt].add(choice.step)
         keep += [set() for _ in self.held_out]
         for prompt, step in self.held_out_places():
             keep[len(self.calibration) + prompt].add(step)

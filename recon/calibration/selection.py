@@ -19,7 +19,9 @@ from torch import Tensor
 from recon.errors import ConfigError, NumericsError
 
 Norm = Literal["fro", "spectral"]
-Metric = Literal["product", "change", "gram", "random", "uniform"]
+Metric = Literal["product", "change", "gram", "random", "uniform", "stratified"]
+UNSCORED = ("random", "uniform", "stratified")
+"""Metrics whose choice depends on no score: it is known before anything is sampled."""
 
 POWER_ITERATIONS = 20
 """Steps of the power method for the spectral norm; our choice, 20 suffice for a norm."""
@@ -42,8 +44,11 @@ class SalientSelection:
     """Samples to keep. Source: the paper, K = 40."""
     metric: Metric = "product"
     """What ranks a candidate: `product` of both scaled scores (the paper, eq. 8), latent `change`
-    or `gram` norm alone (its ablation), a seeded `random` draw, or `uniform` spacing over the
-    pool."""
+    or `gram` norm alone (its ablation), a seeded `random` draw, `uniform` spacing over the pool,
+    or `stratified`: evenly spaced steps, the last among them, and prompts in turn."""
+    timesteps: int = 25
+    """Distinct steps of `metric: stratified`, from the first to the last. Source: PTQ4DiT at 256²;
+    deviates: its code never reaches the last step."""
     source: Literal["latent", "hidden_patch_embed"] = "latent"
     """What x_t is: the `latent` cut into the patches that the network reads, or the tokens after
     the patch embedding. The paper is ambiguous; the latent is our reading."""
@@ -67,7 +72,12 @@ class SalientSelection:
 
     def __post_init__(self) -> None:
         """Refuse numbers and combinations that cannot select."""
-        for field, least in (("top_k", 1), ("quota_bins", 1), ("diversity_pool", 1.0)):
+        for field, least in (
+            ("top_k", 1),
+            ("quota_bins", 1),
+            ("diversity_pool", 1.0),
+            ("timesteps", 2),
+        ):
             value = getattr(self, field)
             if not value >= least:
                 raise ConfigError(f"sds.{field} must be at least {least}, got {value}.")
@@ -76,11 +86,12 @@ class SalientSelection:
                 f"sds.quota_max must be at least 1 or null (twice the even share), got "
                 f"{self.quota_max}."
             )
-        if self.metric == "uniform" and (self.quota != "none" or self.diversity != "none"):
+        spreads = self.metric in ("uniform", "stratified")
+        if spreads and (self.quota != "none" or self.diversity != "none"):
             raise ConfigError(
-                f"sds.metric is uniform, which spreads by itself, but sds.quota is {self.quota} "
-                f"and sds.diversity is {self.diversity}. Set both to none, or choose another "
-                "metric."
+                f"sds.metric is {self.metric}, which spreads by itself, but sds.quota is "
+                f"{self.quota} and sds.diversity is {self.diversity}. Set both to none, or choose "
+                "another metric."
             )
 
 
@@ -222,6 +233,14 @@ def check_selection(rule: SalientSelection, prompts: int, steps: int) -> None:
             f"sds.top_k is {rule.top_k}, but {prompts} prompts of {steps} steps{without} give "
             f"only {size} candidates. Lower top_k, or raise num_prompts or steps."
         )
+    if rule.metric == "stratified":
+        most = prompts * len(_strata(rule, steps))
+        if rule.top_k > most:
+            raise ConfigError(
+                f"sds.top_k is {rule.top_k}, but {prompts} prompts at {rule.timesteps} of {steps} "
+                f"steps give {most} samples. Lower top_k, or raise sds.timesteps or the number of "
+                "prompts."
+            )
     limit = _quota_limit(rule, prompts)
     groups = Counter(_group(rule, c, steps) for c in _candidates(rule, prompts, steps))
     reachable = sum(min(limit, count) for count in groups.values())
@@ -260,6 +279,8 @@ def select(
     if rule.metric == "uniform":
         # The middle of each of top_k equal stretches of the pool, in (prompt, step) order.
         chosen = [pool[(2 * k + 1) * len(pool) // (2 * rule.top_k)] for k in range(rule.top_k)]
+    elif rule.metric == "stratified":
+        chosen = _stratified(rule, prompts, steps)
     elif features is None or rule.diversity == "none":
         chosen = _take(ranked, rule, steps, rule.top_k, limit)
     else:
@@ -295,7 +316,7 @@ def _ranking_values(scores: Tensor, rule: SalientSelection, seed: int) -> Tensor
             ": NaN or Inf in the teacher's latents. Check the weights and the dtype."
         )
     change, gram = pool.unbind(dim=-1)
-    if rule.metric in ("random", "uniform"):
+    if rule.metric in UNSCORED:
         generator = torch.Generator().manual_seed(seed)
         value = torch.rand(change.shape, generator=generator, dtype=torch.float64)
     else:
@@ -317,6 +338,20 @@ def _quota_limit(rule: SalientSelection, prompts: int) -> int:
         return rule.top_k
     groups = prompts if rule.quota == "per_prompt" else rule.quota_bins
     return rule.quota_max if rule.quota_max is not None else 2 * -(-rule.top_k // groups)
+
+
+def _stratified(rule: SalientSelection, prompts: int, steps: int) -> list[Candidate]:
+    """Prompts in turn; each goes on one step further at its next turn, so that none comes twice."""
+    places = _strata(rule, steps)
+    rounds = (divmod(k, prompts) for k in range(rule.top_k))
+    return [(prompt, places[(prompt + turn) % len(places)]) for turn, prompt in rounds]
+
+
+def _strata(rule: SalientSelection, steps: int) -> list[int]:
+    """The distinct steps of `metric: stratified`: evenly spaced, first and last of the pool."""
+    first = 1 if rule.first_step == "drop" else 0
+    count = min(rule.timesteps, steps - first)
+    return [first + round(k * (steps - 1 - first) / max(count - 1, 1)) for k in range(count)]
 
 
 def _take(
@@ -373,6 +408,7 @@ def _choice(
         "change": f"Latent change {change:.4g} is rank {rank} of {size}",
         "gram": f"Gram norm {gram:.4g} is rank {rank} of {size}",
         "random": f"Drawn at random from {size} candidates ({measured})",
+        "stratified": f"Step {step}, one of {rule.timesteps} evenly spaced ones ({measured})",
         "uniform": f"Evenly spaced over {size} candidates ({measured})",
     }[rule.metric]
     if rule.diversity != "none":

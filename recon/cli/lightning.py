@@ -20,9 +20,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from recon.callbacks.checkpoints import StepCheckpoint, UnitCheckpoint
 from recon.callbacks.evaluation import PairedMetrics
 from recon.callbacks.progress import UnitProgress
+from recon.callbacks.samples import MediaLogger, SampleWriter
 from recon.callbacks.summary import RunSummary
 from recon.callbacks.tracking import RunCSVLogger, UnitTracking
-from recon.callbacks.videos import MediaLogger, VideoWriter
 from recon.cli.arguments import run_name
 from recon.engine.checkpoint_io import AtomicCheckpointIO
 from recon.engine.checkpoints import clear_unfinished, examined, written
@@ -66,7 +66,7 @@ class ReconCLI(LightningCLI):
         parser.add_lightning_class_args(UnitProgress, "progress")
         parser.add_lightning_class_args(PairedMetrics, "metrics")
         parser.add_lightning_class_args(MediaLogger, "media")
-        parser.add_lightning_class_args(VideoWriter, "writer")
+        parser.add_lightning_class_args(SampleWriter, "writer")
         parser.add_argument("--wandb", type=bool, default=True, help="Track the run in W&B.")
         parser.add_argument("--wandb_project", type=str, default="recon", help="W&B project.")
 
@@ -127,12 +127,13 @@ class ReconCLI(LightningCLI):
         """Refuses what cannot work, while nothing has been written."""
         module, data = self._parts()
         refuse_unsafe_trainer(self.trainer, type(module).__name__)
+        module.adapter.check_description()
+        data.check(module.adapter)  # reads no weights and imports no network: the quicker refusal
         module.check()
-        data.check(module.adapter)
         root = Path(self.trainer.default_root_dir)
         device = self.trainer.strategy.root_device
         processes = self.trainer.num_devices * self.trainer.num_nodes
-        refuse_uneven(data.sample_counts[0], module.batch_size, processes)
+        refuse_uneven(data.sample_counts[0], module.batch_size, processes, module.micro_batch)
         module.check_budget(*data.sample_counts, root, device)
         self._checkpoint = self._resolved(required=False)
         if self._checkpoint is None:

@@ -1,6 +1,6 @@
 """One optimizer step's gradient, the same bit for bit for any number of processes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,12 @@ class Step:
     def with_terms(self, other: "Step") -> "Step":
         """Adds terms of other names."""
         return Step(self.gradient.add_(other.gradient), {**self.terms, **other.terms})
+
+
+def added(terms: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Sum of each term over samples."""
+    first, *others = terms
+    return {name: sum((o[name] for o in others), start=value) for name, value in first.items()}
 
 
 def flat_gradient(terms: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> Step:

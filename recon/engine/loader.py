@@ -9,7 +9,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from recon.errors import ConfigError
 
 
-def refuse_uneven(size: int, batch: int, world: int) -> None:
+def dealt(batch: list[int], micro_batch: int) -> list[list[int]]:
+    """This process's samples of one step as micro-batches.
+
+    Strided, as slots are dealt over processes: each micro-batch then holds the same samples
+    whatever the number of processes.
+    """
+    count = len(batch) // micro_batch
+    return [batch[first::count] for first in range(count)]
+
+
+def refuse_uneven(size: int, batch: int, world: int, micro_batch: int = 1) -> None:
     """Does nothing if batches of `batch` out of `size` samples divide among `world` processes.
 
     Raises:
@@ -19,6 +29,12 @@ def refuse_uneven(size: int, batch: int, world: int) -> None:
         raise ConfigError(
             f"batch_size {batch} does not divide among {world} processes. Set "
             f"model.batch_size to a multiple of {world}, or fewer trainer.devices."
+        )
+    if batch % (world * micro_batch):
+        raise ConfigError(
+            f"batch_size {batch} does not divide into micro-batches of {micro_batch} on {world} "
+            f"processes. Set model.batch_size to a multiple of {world * micro_batch}, or another "
+            "model.micro_batch."
         )
     if size < batch:
         raise ConfigError(

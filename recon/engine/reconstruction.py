@@ -17,8 +17,8 @@ from recon.calibration.memory import MemoryBudget
 from recon.engine import resume, stage_data, stopping, walk
 from recon.engine.data import CalibrationData
 from recon.engine.fingerprint import refuse_difference
-from recon.engine.gradient import Step, averaged, flat_gradient, hand_out, refuse_nan
-from recon.engine.loader import StageLoader, StageSampler
+from recon.engine.gradient import Step, added, averaged, flat_gradient, hand_out, refuse_nan
+from recon.engine.loader import StageLoader, StageSampler, dealt, refuse_uneven
 from recon.engine.placement import needed_bytes, stream_store
 from recon.engine.result import network_error
 from recon.engine.settings import refuse_unsafe_trainer
@@ -51,6 +51,8 @@ class Reconstruction(LightningModule):
         inputs: What the open unit is trained on: the teacher's stream, the quantised prefix's, or
             an element-wise random mix of both.
         batch_size: Samples per optimizer step over all processes.
+        micro_batch: Samples that go through the unit together: each pass quantises every weight of
+            the unit anew, whatever its number of tokens. Part of the arithmetic, as threads are.
         seed: Of everything random in the method.
         memory: Budgets of the carried streams.
         threads: CPU threads of each process; null leaves torch's choice. Sums are split by
@@ -69,6 +71,7 @@ class Reconstruction(LightningModule):
         adaln: Literal["w4a", "w4a16", "fp"] = "w4a",
         inputs: Literal["full_precision", "quantised", "mix"] = "quantised",
         batch_size: int = 1,
+        micro_batch: int = 1,
         seed: int = 0,
         memory: MemoryBudget = MemoryBudget(),  # noqa: B008 (frozen)
         threads: int | None = None,
@@ -77,7 +80,8 @@ class Reconstruction(LightningModule):
         super().__init__()
         self.adapter, self.weight, self.activation = adapter, weight, activation
         self.adaln, self.inputs = adaln, inputs
-        self.batch_size, self.seed, self.memory = batch_size, seed, memory
+        self.batch_size, self.micro_batch = batch_size, micro_batch
+        self.seed, self.memory = seed, memory
         self.threads, self.compile_choice = threads, compile
         self.quantizers = nn.ModuleDict()
         self.units: list[Unit] = []
@@ -206,6 +210,8 @@ class Reconstruction(LightningModule):
             )
         if self.batch_size < 1:
             raise ConfigError(f"model.batch_size must be at least 1, got {self.batch_size}.")
+        if self.micro_batch < 1:
+            raise ConfigError(f"model.micro_batch must be at least 1, got {self.micro_batch}.")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"model.threads must be at least 1 or null, got {self.threads}.")
         if self.wants_attention:
@@ -294,6 +300,7 @@ class Reconstruction(LightningModule):
         """Batches of sample indices for the open unit; empty when none is left."""
         if self.index == len(self.units):
             return []
+        refuse_uneven(self.sample_count, self.batch_size, ranks.world(), self.micro_batch)
         sampler = StageSampler(
             size=self.sample_count,
             batch=self.batch_size,
@@ -357,21 +364,26 @@ class Reconstruction(LightningModule):
     def training_step(self, batch: list[int], batch_idx: int) -> Tensor:
         """Mean loss of the global batch; its gradient is kept for `backward`.
 
-        Each sample is differentiated alone and the gradients are added in float64, which loses
-        nothing: the step is the same bit for bit however samples are dealt over processes.
+        Each micro-batch is differentiated alone and the gradients are added in float64, which
+        loses nothing: the step is the same bit for bit however they are dealt over processes.
         """
         assert self.opened is not None
         stopping.agree(self)
         if not self._trained:
             return torch.zeros((), device=self.device, requires_grad=True)
         total: Step | None = None
-        for sample in batch:
-            state = stage_data.input_state(self, sample, batch_idx)
+        for samples in dealt(batch, self.micro_batch):
+            state = stage_data.joined(
+                [stage_data.input_state(self, sample, batch_idx) for sample in samples]
+            )
             student = self._run_learning(
                 self.adapter, self.opened.student_blocks, self.opened.transforms, state
             )
-            tokens = self.adapter.tokens(student)
-            terms = self.unit_loss(tokens, self.frontier.target(sample), sample)
+            parts = self.adapter.tokens(student).chunk(len(samples))
+            terms = added(
+                self.unit_loss(tokens, self.frontier.target(sample), sample)
+                for tokens, sample in zip(parts, samples, strict=True)
+            )
             step = flat_gradient(terms, self._trained)
             total = step if total is None else total.add(step)
         assert total is not None

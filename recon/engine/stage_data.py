@@ -10,7 +10,7 @@ from torch import nn
 
 from recon.calibration.attention import AttentionColumnSums
 from recon.engine.unit import OpenUnit
-from recon.errors import CapabilityMissing
+from recon.errors import CapabilityMissing, ConfigError
 from recon.layers.transform import InputTransform, begin_all
 from recon.models.adapter import ExposesAttention, ModelAdapter, missing_attributes
 from recon.types import Sample, State
@@ -73,6 +73,23 @@ def input_state(module: "Reconstruction", sample: int, step: int) -> State:
         keep = torch.rand(tensor.shape, generator=generator).to(tensor.device) < 0.5
         student[name] = torch.where(keep, tensor, student[name])
     return student
+
+
+def joined(states: Sequence[State]) -> State:
+    """The states of several samples as one, along the batch.
+
+    Raises:
+        ConfigError: They differ in shape.
+    """
+    if len(states) == 1:
+        return states[0]
+    first = {name: tensor.shape for name, tensor in states[0].items()}
+    if any({n: t.shape for n, t in state.items()} != first for state in states):
+        raise ConfigError(
+            "Samples of different shapes cannot go through a unit together. Set model.micro_batch "
+            "to 1, or calibrate with samples of one shape."
+        )
+    return {name: torch.cat([state[name] for state in states]) for name in first}
 
 
 def exposed_attention(module: "Reconstruction") -> ExposesAttention:

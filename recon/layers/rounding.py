@@ -1,5 +1,7 @@
 """How the weight of an open unit is rounded while something is learned about it."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,14 @@ from recon.quantizers.affine import (
     weight_range,
 )
 from recon.quantizers.affine import codes as nearest_codes
-from recon.quantizers.rounding import hard_codes, initial_logits, soft_codes
+from recon.quantizers.rounding import (
+    WARMUP,
+    beta_schedule,
+    hard_codes,
+    initial_logits,
+    rounding_regularizer,
+    soft_codes,
+)
 from recon.quantizers.spec import QuantSpec
 
 CLIP_LOGIT_START = 4.0
@@ -98,3 +107,19 @@ class AdaptiveRounding(nn.Module):
     def close(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Integer codes and step sizes of `weight`."""
         return hard_codes(weight, self.step, self.logits, self.spec), self.step.clone()
+
+
+def rounding_penalty(roundings: Iterable[object], progress: float) -> Tensor | None:
+    """Sum of the regulariser over the logits of all adaptive roundings; None during warm-up.
+
+    Args:
+        roundings: Of a unit's layers; other kinds are passed over.
+        progress: Share of the unit's training done, in [0, 1].
+
+    Source: AdaRound, eq. 24, with the schedule of BRECQ and PTQ4DiT.
+    """
+    if progress < WARMUP:
+        return None
+    beta = beta_schedule(progress)
+    adaptive = (r for r in roundings if isinstance(r, AdaptiveRounding))
+    return torch.stack([rounding_regularizer(r.logits, beta) for r in adaptive]).sum()

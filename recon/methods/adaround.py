@@ -2,17 +2,15 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from recon.engine.reconstruction import Reconstruction
 from recon.engine.unit import OpenUnit
 from recon.layers.quant_linear import QuantLinear
-from recon.layers.rounding import AdaptiveRounding
+from recon.layers.rounding import AdaptiveRounding, rounding_penalty
 from recon.losses.reconstruction import token_weighted_error
 from recon.quantizers.affine import absmax_scale, weight_range
 from recon.quantizers.ranges import mse_clip_ratio
-from recon.quantizers.rounding import WARMUP, beta_schedule, rounding_regularizer
 
 
 class AdaRound(Reconstruction):
@@ -64,11 +62,8 @@ class AdaRound(Reconstruction):
 
     def regularizer(self, unit: OpenUnit, progress: float) -> dict[str, Tensor]:
         """Pulls every rounding to up or down, harder as the unit goes on."""
-        if progress < WARMUP:
-            return {}
-        beta = beta_schedule(progress)
-        sums = [rounding_regularizer(logits, beta) for logits in self._logits(unit)]
-        return {"round": self.rounding_weight * torch.stack(sums).sum()}
+        penalty = rounding_penalty((q.rounding for q in unit.layers.values()), progress)
+        return {} if penalty is None else {"round": self.rounding_weight * penalty}
 
     def parameter_groups(self, unit: OpenUnit) -> list[dict[str, Any]]:
         """The rounding logits, at a constant rate."""

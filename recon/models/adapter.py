@@ -192,11 +192,24 @@ class ModelAdapter(ABC):
             CapabilityMissing: The blocks hold Linears that `input_groups` does not name.
             WeightsError: A weight file is missing, cut short, foreign or does not fit.
         """
-        self._check_description()
+        self.check_description()
         self.weights.check()
         self.weights.check_fits({n: tuple(t.shape) for n, t in self._meta.state_dict().items()})
         for name in self.block_names:
             self._check_groups(name)
+
+    def check_description(self) -> None:
+        """Refuse a folder that is not of this family, by its small files.
+
+        Raises:
+            ConfigError: The folder or one of its description files is missing or of another class.
+        """
+        name = type(self).__name__
+        require_folder(self.folder, name, self.example)
+        if self.pipeline_classes:
+            index = self.folder / "model_index.json"
+            require_class(index, read_json(index, name), self.pipeline_classes, name)
+        require_class(self.network_folder / "config.json", self.config, (self.network_class,), name)
 
     def identity(self) -> dict[str, str]:
         """Class, weight fingerprint and geometry of the network: equal for equal teachers."""
@@ -371,11 +384,3 @@ class ModelAdapter(ABC):
                 f"holds: {odd}. The network is a variant this adapter does not know; add the "
                 "Linears to their group in a subclass."
             )
-
-    def _check_description(self) -> None:
-        name = type(self).__name__
-        require_folder(self.folder, name, self.example)
-        if self.pipeline_classes:
-            index = self.folder / "model_index.json"
-            require_class(index, read_json(index, name), self.pipeline_classes, name)
-        require_class(self.network_folder / "config.json", self.config, (self.network_class,), name)

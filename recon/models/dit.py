@@ -17,7 +17,7 @@ from recon.layers.tree import shared_copy
 from recon.models.adapter import Device, InputGroup, ModelAdapter
 from recon.models.folder import read_json
 from recon.models.folding import scale_norm, scale_rows
-from recon.models.image_pipeline import ImagePipeline, Sampler, check_classes
+from recon.models.image_pipeline import ImagePipeline, Sampler, check_classes, check_steps
 from recon.models.weights import placed
 from recon.types import Sample, State
 
@@ -170,8 +170,40 @@ class DiT(ModelAdapter):
                 return False
         return True
 
-    def _check_description(self) -> None:
-        super()._check_description()
+    def class_names(self) -> dict[str, int]:
+        """Number of each class by the name that `model_index.json` gives it.
+
+        A name that several classes have is replaced by the number, in digits.
+
+        Raises:
+            ConfigError: The file is missing, is not JSON, or names no classes.
+        """
+        index = self.folder / "model_index.json"
+        entries = read_json(index, type(self).__name__).get("id2label") or {}
+        if not entries:
+            raise ConfigError(
+                f"{index} has no id2label, so the classes have no names. Add it, a number for each "
+                'name: {"0": "tench", ...}.'
+            )
+        names = list(entries.values())
+        return {
+            name if names.count(name) == 1 else str(number): int(number)
+            for number, name in entries.items()
+        }
+
+    def check_steps(self, steps: int) -> None:
+        """Refuse a number of sampling steps that the pipeline's sampler cannot take.
+
+        Raises:
+            ConfigError: As said; or the scheduler's description is missing.
+        """
+        file = self.folder / "scheduler" / "scheduler_config.json"
+        known = read_json(file, type(self).__name__).get("num_train_timesteps", 1000)
+        check_steps(steps, self.sampler, known)
+
+    def check_description(self) -> None:
+        """As for every adapter; and blocks must take their conditioning from a class."""
+        super().check_description()
         norm = self.config.get("norm_type", "ada_norm_zero")
         classes = self.config.get("num_embeds_ada_norm", 1000)
         if norm != "ada_norm_zero" or not isinstance(classes, int) or classes < 1:

@@ -12,6 +12,7 @@ from recon.errors import ConfigError
 from recon.models.folder import read_json, require_class, require_folder
 from recon.models.video_pipeline import Visit
 from recon.models.weights import WeightStore, own_memory
+from recon.types import Sample
 
 Sampler = Literal["ddim", "ddpm"]
 """How noise is taken away: deterministically, or with fresh noise of the learned variance."""
@@ -95,7 +96,7 @@ class ImagePipeline:
         """Numbers of classes given by name or by number.
 
         Names are those of `id2label` in model_index.json: a whole entry, or one of the synonyms
-        that commas separate in it.
+        that commas separate in it; or a number in digits.
 
         Raises:
             ConfigError: An unknown name, a name of several classes, or a number out of range.
@@ -162,13 +163,17 @@ class ImagePipeline:
             seed: Of the noise.
             steps: Sampling steps.
             guidance: Scale of classifier-free guidance; above 1 each call has a batch of 2,
-                conditional first (VideoPipeline has it last, as its stock pipeline), else of 1.
-            visit: As for `generate`.
+                else of 1.
+            visit: As for `generate`, but the conditional row comes last, as in VideoPipeline.
 
         Returns:
             The final latents, as `latents` gives them.
         """
-        return self.latents([label], [seed], steps, guidance, visit=visit)
+
+        def turned(step: int, sample: Sample) -> None:
+            visit(step, {name: tensor.flip(0) for name, tensor in sample.items()})
+
+        return self.latents([label], [seed], steps, guidance, visit=turned)
 
     def _batches(
         self,
@@ -184,7 +189,7 @@ class ImagePipeline:
                 f"{len(seeds)} seeds for {len(labels)} labels; each label needs its own seed, and "
                 "there must be one label at least. Give two lists of one length."
             )
-        self._check_steps(steps)
+        check_steps(steps, self.sampler, self.scheduler.config.num_train_timesteps)
         numbers = self.classes(labels)
         for start in range(0, len(numbers), batch_size):
             rows = slice(start, start + batch_size)
@@ -257,27 +262,6 @@ class ImagePipeline:
                 "sampler ddim."
             )
 
-    def _check_steps(self, steps: int) -> None:
-        """Refuse counts that diffusers takes and samples wrongly."""
-        known = self.scheduler.config.num_train_timesteps
-        least = 2 if self.sampler == "ddpm" else 1
-        if not least <= steps <= known:
-            raise ConfigError(
-                f"steps is {steps}; sampler {self.sampler} takes {least} to {known}, the timesteps "
-                "the network was trained on. Choose such a number, 50 for instance."
-            )
-        if self.sampler == "ddim" and known % steps:
-            nearest = sorted(
-                (count for count in range(1, known + 1) if known % count == 0),
-                key=lambda count: abs(count - steps),
-            )[:3]
-            raise ConfigError(
-                f"steps is {steps}, which does not divide {known}: diffusers' DDIM goes "
-                f"{known // steps} timesteps at a time and would leave out "
-                f"{known - steps * (known // steps)} of them. Use one of {sorted(nearest)}, or "
-                "sampler ddpm, which takes any number."
-            )
-
     def _scheduler(self) -> Any:
         from diffusers import DDIMScheduler, DDPMScheduler
 
@@ -309,6 +293,8 @@ class ImagePipeline:
         return own_memory(vae).requires_grad_(False).eval()
 
     def _number(self, name: str) -> int:
+        if name not in self.names and name.isdecimal():
+            return int(name)
         if name not in self.names:
             raise ConfigError(
                 f"{name!r} is none of the {len(self.names)} names in id2label of "
@@ -321,6 +307,36 @@ class ImagePipeline:
                 f"{self.folder / 'model_index.json'}. Give the number of the one you mean."
             )
         return number
+
+
+def check_steps(steps: int, sampler: Sampler, known: int) -> None:
+    """Refuse counts that diffusers takes and samples wrongly.
+
+    Args:
+        steps: Sampling steps.
+        sampler: See `ImagePipeline`.
+        known: Timesteps the network was trained on.
+
+    Raises:
+        ConfigError: The sampler cannot take that many steps.
+    """
+    least = 2 if sampler == "ddpm" else 1
+    if not least <= steps <= known:
+        raise ConfigError(
+            f"steps is {steps}; sampler {sampler} takes {least} to {known}, the timesteps "
+            "the network was trained on. Choose such a number, 50 for instance."
+        )
+    if sampler == "ddim" and known % steps:
+        nearest = sorted(
+            (count for count in range(1, known + 1) if known % count == 0),
+            key=lambda count: abs(count - steps),
+        )[:3]
+        raise ConfigError(
+            f"steps is {steps}, which does not divide {known}: diffusers' DDIM goes "
+            f"{known // steps} timesteps at a time and would leave out "
+            f"{known - steps * (known // steps)} of them. Use one of {sorted(nearest)}, or "
+            "sampler ddpm, which takes any number."
+        )
 
 
 def check_classes(labels: Tensor, classes: int) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from PIL import Image
 from torch import Tensor, distributed, multiprocessing
 from torch.utils.data import DataLoader
 
@@ -27,8 +29,17 @@ from recon.callbacks.evaluation import (
     temporal_difference,
     world_oracle,
 )
-from recon.callbacks.videos import MediaLogger, VideoWriter, enlarge, side_by_side, write_video
+from recon.callbacks.samples import (
+    MediaLogger,
+    SampleWriter,
+    enlarge,
+    side_by_side,
+    write_picture,
+    write_sample,
+    write_video,
+)
 from recon.errors import ConfigError, NumericsError
+from recon.zoo import world
 
 PROMPTS = ("a red circle moves left", "the blue ring rests still", "no scene of this world")
 
@@ -141,7 +152,7 @@ def test_videos_of_different_shapes_and_nan_are_refused() -> None:
     with pytest.raises(ConfigError, match="'p' differ in shape"):
         PairedMetrics().measure({**batch, "quantized": batch["quantized"][:, :2]})
     batch["quantized"][0, 0, 0, 0, 0] = torch.nan
-    with pytest.raises(NumericsError, match="quantized video of 'p' holds NaN"):
+    with pytest.raises(NumericsError, match="quantized sample of 'p' holds NaN"):
         PairedMetrics().measure(batch)
 
 
@@ -175,7 +186,7 @@ def test_the_file_holds_what_direct_computation_gives(tmp_path: Path, verb: str,
         )
     assert result["settings"]["steps"] == 7
     assert result["settings"]["lpips"].startswith(("not available", "available"))
-    assert [(row["prompt"], row["seed"]) for row in result["videos"]] == list(
+    assert [(row["prompt"], row["seed"]) for row in result["samples"]] == list(
         zip(PROMPTS, [0, 1, 2], strict=True)
     )
     assert logged[f"{verb}/psnr"] == pytest.approx(result["paired"]["psnr"])
@@ -188,7 +199,7 @@ def test_without_round_to_nearest_and_oracle_the_rest_is_there(tmp_path: Path) -
     module.nearest = False
     trainer(tmp_path, PairedMetrics(None)).test(module, datamodule=Data(), verbose=False)
     result = json.loads((tmp_path / "test.json").read_text())
-    assert set(result) == {"full_precision", "quantized", "paired", "settings", "videos"}
+    assert set(result) == {"full_precision", "quantized", "paired", "settings", "samples"}
     assert set(result["quantized"]) == {"frame_similarity", "count"}
 
 
@@ -199,7 +210,7 @@ def test_the_table_names_what_is_not_available(
     trainer(tmp_path, PairedMetrics()).test(Module(), datamodule=Data(), verbose=False)
     shown = capsys.readouterr().out
     assert "not available" in shown
-    assert "test: 3 videos" in shown
+    assert "test: 3 samples" in shown
 
 
 def _rank(rank: int, folder: str) -> None:
@@ -242,9 +253,9 @@ def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="equal shapes and one label each"):
         side_by_side([clip(0), clip(0)[:2]], ["a", "b"])
     with pytest.raises(ConfigError, match="format is 'avi'"):
-        VideoWriter(format="avi")  # type: ignore[arg-type]
+        SampleWriter(format="avi")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="fps must be at least 1, got 0"):
-        VideoWriter(fps=0)
+        SampleWriter(fps=0)
     with pytest.raises(ConfigError, match="count must be at least 0, got -1"):
         MediaLogger(count=-1)
 
@@ -260,7 +271,7 @@ def test_small_videos_are_enlarged_by_whole_factors_and_stand_side_by_side() -> 
 
 
 def test_predict_writes_videos_and_an_index(tmp_path: Path) -> None:
-    trainer(tmp_path, VideoWriter()).predict(Module(), datamodule=Data())
+    trainer(tmp_path, SampleWriter()).predict(Module(), datamodule=Data())
     folder = tmp_path / "predictions"
     lines = [json.loads(s) for s in (folder / "index_rank0.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == list(PROMPTS)
@@ -278,14 +289,49 @@ def test_media_goes_to_the_run_folder_and_to_wandb(
         Module(), datamodule=Data(), verbose=False
     )
     logger.experiment.finish()
-    kept = sorted(path.name for path in (tmp_path / "videos").iterdir())
+    kept = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert kept == ["test_a-red-circle-moves-left_0.gif", "test_the-blue-ring-rests-still_1.gif"]
-    assert len(list(tmp_path.glob("wandb/offline-*/files/media/videos/**/*.gif"))) == 2
+    assert len(list(tmp_path.glob("wandb/offline-*/files/media/**/*.gif"))) == 2
 
 
 def test_after_fit_a_few_videos_are_sampled(tmp_path: Path) -> None:
     run, module = trainer(tmp_path), Module()
     run.datamodule = Data()  # type: ignore[attr-defined]
     MediaLogger(after_fit=3).on_train_end(run, module)
-    assert len(list((tmp_path / "videos").glob("fit_*.gif"))) == 3
+    assert len(list((tmp_path / "samples").glob("fit_*.gif"))) == 3
     MediaLogger(after_fit=0).on_train_end(run, module)
+
+
+def test_pictures_have_no_numbers_of_time_and_the_worlds_oracle_judges_them() -> None:
+    shown = world.random_scene(world.Attributes("red", "ring", "still"), random.Random(0))
+    picture = world.draw_frame(shown, height=64, width=64)[None]
+    made = {
+        "prompt": ["red ring"],
+        "seed": [0],
+        "full_precision": picture,
+        "quantized": 0.9 * picture + 0.01,
+    }
+    (row,) = PairedMetrics().measure(made)
+    assert row["full_precision"] == {"colour": True, "shape": True, "all": True}
+    assert set(row["paired"]) - {"lpips"} == {"psnr", "ssim"}
+    assert world_oracle(picture[0], "red circle") == {"colour": True, "shape": False}
+    assert world_oracle(picture[0], "tench") == {}
+
+
+def test_pictures_are_kept_side_by_side_as_png(tmp_path: Path) -> None:
+    made = {
+        "prompt": ["red ring", "tench"],
+        "seed": [3, 4],
+        "full_precision": torch.rand(2, 3, 32, 32),
+        "quantized": torch.rand(2, 3, 32, 32),
+    }
+    logger = MediaLogger(count=1)
+    kept = logger.keep(trainer(tmp_path), made, "test", 1)
+    assert kept == 1
+    picture = Image.open(tmp_path / "samples" / "test_red-ring_3.png")
+    assert picture.size == (2 * 192 + 8, 192 + 16)
+    grid = side_by_side([torch.rand(3, 32, 32)], ["one"])
+    written = write_sample(tmp_path, "one", grid, "gif", 8)
+    assert written.suffix == ".png"
+    with pytest.raises(ConfigError, match=r"picture of shape \[2, 3\]"):
+        write_picture(tmp_path / "no.png", torch.zeros(2, 3))

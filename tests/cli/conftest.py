@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning.pytorch  # noqa: F401 (its log handler keeps the stream it finds when imported)
 import pytest
 
 from recon.cli import main

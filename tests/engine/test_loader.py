@@ -4,7 +4,7 @@ from itertools import chain, pairwise
 
 import pytest
 
-from recon.engine.loader import StageLoader, StageSampler, refuse_uneven
+from recon.engine.loader import StageLoader, StageSampler, dealt, refuse_uneven
 from recon.errors import ConfigError
 
 
@@ -44,6 +44,18 @@ def test_the_shares_of_all_ranks_are_the_batch_of_one_process(world: int) -> Non
             assert all(index % world == rank for index in indices)
 
 
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_micro_batch_holds_the_same_samples_for_any_number_of_processes(world: int) -> None:
+    found = set()
+    for rank in range(world):
+        sampler = StageSampler(size=24, batch=12, steps=1, seed=0, stage=0, rank=rank, world=world)
+        (batch,) = list(sampler)
+        found |= {frozenset(samples) for samples in dealt(batch, 3)}
+    assert len(found) == 4
+    (whole,) = list(StageSampler(size=24, batch=12, steps=1, seed=0, stage=0, rank=0, world=1))
+    assert found == {frozenset(samples) for samples in dealt(whole, 3)}
+
+
 def test_every_sample_comes_equally_often() -> None:
     seen = list(chain(*sampler(size=12, batch=4, steps=9)))
     assert sorted(seen) == sorted(list(range(12)) * 3)
@@ -59,6 +71,9 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
     ):
         sampler(size=2)
     refuse_uneven(4, 4, 2)
+    refuse_uneven(8, 8, 2, micro_batch=4)
+    with pytest.raises(ConfigError, match=r"8 does not divide into micro-batches of 3 on 2"):
+        refuse_uneven(8, 8, 2, micro_batch=3)
 
 
 def test_the_loaders_position_is_the_number_of_finished_steps() -> None:

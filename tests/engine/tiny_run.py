@@ -1,6 +1,6 @@
 """Whole fits on a tiny random network: a ready calibration set, a trainer, a recorder."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,29 @@ from recon.engine.checkpoint_io import AtomicCheckpointIO
 from recon.engine.data import CalibrationData
 from recon.models.adapter import ModelAdapter
 from recon.models.cogvideox import CogVideoX
+from recon.types import Sample
 from tests.models.tiny import tiny_sample
 
 SAMPLES, HELD_OUT = 4, 2
 
 
 def write_samples(
-    folder: Path, teacher: Path, samples: int = SAMPLES, held_out: int = HELD_OUT, seed: int = 0
+    folder: Path,
+    teacher: Path,
+    samples: int = SAMPLES,
+    held_out: int = HELD_OUT,
+    seed: int = 0,
+    *,
+    family: type[ModelAdapter] = CogVideoX,
+    draw: Callable[..., Sample] = tiny_sample,
 ) -> Path:
     """A calibration set of random samples, in the shape of the teacher's configuration."""
-    config = CogVideoX(str(teacher)).empty_network().config
+    config = family(str(teacher)).empty_network().config
 
     def rows() -> Iterator[Row]:
         for index in range(samples + held_out):
             yield Row(
-                tiny_sample(config, seed=1000 * seed + index, timestep=100 + 90 * index),
+                draw(config, seed=1000 * seed + index, timestep=100 + 90 * index),
                 prompt=f"prompt {index}",
                 step=index,
                 seed=index,

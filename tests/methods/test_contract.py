@@ -21,6 +21,7 @@ from recon.errors import CheckpointMismatch
 from recon.layers.quant_linear import QuantLinear
 from recon.methods.adaround import AdaRound
 from recon.methods.gptq import GPTQ
+from recon.methods.ptq4dit import PTQ4DiT
 from recon.methods.rtn import RoundToNearest
 from recon.methods.s2q_vdit import S2QVDiT
 from recon.methods.smoothquant import SmoothQuant
@@ -37,6 +38,7 @@ METHODS: dict[type[Reconstruction], dict[str, Any]] = {
     SmoothQuant: {},
     GPTQ: {},
     AdaRound: {"steps": 4, "lr": 0.05},
+    PTQ4DiT: {"steps": 4, "lr": 0.05},
 }
 SUMMARY = {
     "method": None,

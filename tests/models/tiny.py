@@ -191,10 +191,12 @@ def write_tiny_dit(
     return folder
 
 
-def tiny_image_sample(config: Any, batch: int = 1, seed: int = 0) -> Sample:
+def tiny_image_sample(
+    config: Any, batch: int = 1, seed: int = 0, timestep: int | None = None
+) -> Sample:
     """A random sample of the shape that a DiT's config asks for; its last label is the null class.
 
-    Each row has a timestep of its own.
+    Each row has a timestep of its own, unless one is given.
     """
     generator = torch.Generator().manual_seed(seed)
     classes, size = config["num_embeds_ada_norm"], config["sample_size"]
@@ -202,7 +204,9 @@ def tiny_image_sample(config: Any, batch: int = 1, seed: int = 0) -> Sample:
     labels[-1] = classes
     return {
         "hidden_states": torch.randn(batch, config["in_channels"], size, size, generator=generator),
-        "timestep": torch.randint(1000, (batch,), generator=generator),
+        "timestep": torch.randint(1000, (batch,), generator=generator)
+        if timestep is None
+        else torch.full((batch,), timestep),
         "class_labels": labels,
     }
 

@@ -1,4 +1,4 @@
-"""Videos on disk and in the tracker."""
+"""Samples, videos or pictures, on disk and in the tracker."""
 
 import json
 import os
@@ -65,45 +65,78 @@ def write_video(path: str | Path, video: Tensor, fps: int = FPS) -> Path:
     return path
 
 
+def write_picture(path: str | Path, picture: Tensor) -> Path:
+    """Write a picture as png, complete or not at all.
+
+    Args:
+        path: Ends in .png.
+        picture: [3, height, width] in [0, 1]; values outside are clipped.
+
+    Raises:
+        ConfigError: Not a picture.
+    """
+    path = Path(path)
+    if picture.ndim != 3 or picture.shape[0] != 3:
+        raise ConfigError(
+            f"A picture of shape {list(picture.shape)} cannot be written to {path}; it must be "
+            "[3, height, width]."
+        )
+    from PIL import Image
+
+    values = (picture.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".partial.{path.name}")
+    Image.fromarray(values.permute(1, 2, 0).numpy()).save(beside)
+    os.replace(beside, path)
+    return path
+
+
+def write_sample(folder: Path, name: str, sample: Tensor, format: str, fps: int) -> Path:
+    """Write a picture as png, or a video in `format`, under `name` without suffix."""
+    if sample.ndim == 3:
+        return write_picture(folder / f"{name}.png", sample)
+    return write_video(folder / f"{name}.{format}", sample, fps)
+
+
 def enlarge(video: Tensor, min_height: int = MIN_HEIGHT) -> Tensor:
-    """The video scaled by a whole factor to at least `min_height` pixels, pixels kept sharp."""
+    """The sample scaled by a whole factor to at least `min_height` pixels, pixels kept sharp."""
     factor = max(1, -(-min_height // video.shape[-2]))
     return video.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
 
 
-def side_by_side(videos: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
-    """One video [frames, 3, height, width] with the given ones as captioned columns.
+def side_by_side(samples: Sequence[Tensor], labels: Sequence[str]) -> Tensor:
+    """One video (or picture) with the given ones as captioned columns.
 
     Args:
-        videos: Each [frames, 3, height, width] in [0, 1], of one shape.
+        samples: Each [frames, 3, height, width] or [3, height, width] in [0, 1], of one shape.
         labels: A caption for each.
 
     Raises:
-        ConfigError: Shapes differ, or there is not one label per video.
+        ConfigError: Shapes differ, or there is not one label per sample.
     """
-    if len({tuple(video.shape) for video in videos}) != 1 or len(labels) != len(videos):
+    if len({tuple(sample.shape) for sample in samples}) != 1 or len(labels) != len(samples):
         raise ConfigError(
-            f"side_by_side got videos of shapes {[list(v.shape) for v in videos]} and "
+            f"side_by_side got samples of shapes {[list(s.shape) for s in samples]} and "
             f"{len(labels)} labels; it needs equal shapes and one label each."
         )
     columns: list[Tensor] = []
-    for video, label in zip(videos, labels, strict=True):
-        large = enlarge(video.detach().float().cpu().clamp(0, 1))
-        caption = _caption(label, large.shape[-1]).expand(len(large), 3, -1, -1)
+    for sample, label in zip(samples, labels, strict=True):
+        large = enlarge(sample.detach().float().cpu().clamp(0, 1))
+        *leading, height, width = large.shape
         if columns:
-            columns.append(torch.ones(len(large), 3, large.shape[-2] + _CAPTION, _GAP))
-        columns.append(torch.cat([caption, large], dim=-2))  # above each other
+            columns.append(torch.ones(*leading, height + _CAPTION, _GAP))
+        columns.append(torch.cat([_caption(label, width).expand(*leading, -1, -1), large], dim=-2))
     return torch.cat(columns, dim=-1)  # beside each other
 
 
 def _caption(text: str, width: int) -> Tensor:
-    """Black text on white, [1, 1, caption height, width]."""
+    """Black text on white, [caption height, width]."""
     from PIL import Image, ImageDraw
 
     image = Image.new("L", (width, _CAPTION), 255)
     ImageDraw.Draw(image).text((4, 2), text, fill=0)
     flat = torch.tensor(list(image.tobytes()), dtype=torch.float32)
-    return flat.view(1, 1, _CAPTION, width) / 255
+    return flat.view(_CAPTION, width) / 255
 
 
 def _file_name(prompt: str, seed: int) -> str:
@@ -111,11 +144,11 @@ def _file_name(prompt: str, seed: int) -> str:
     return f"{words or 'prompt'}_{seed}"
 
 
-class VideoWriter(Callback):
+class SampleWriter(Callback):
     """Writes what `recon predict` samples to `<run folder>/predictions`, and an index of it.
 
     Args:
-        format: gif or mp4.
+        format: Of videos, gif or mp4; pictures are png.
         fps: Frames per second.
         min_height: Smaller videos are enlarged by a whole factor; 0 keeps their size.
     """
@@ -124,9 +157,9 @@ class VideoWriter(Callback):
         self, format: Literal["gif", "mp4"] = "gif", fps: int = FPS, min_height: int = MIN_HEIGHT
     ) -> None:
         if format not in ("gif", "mp4"):
-            raise ConfigError(f"VideoWriter.format is {format!r}. Choose gif or mp4.")
+            raise ConfigError(f"SampleWriter.format is {format!r}. Choose gif or mp4.")
         if fps < 1:
-            raise ConfigError(f"VideoWriter.fps must be at least 1, got {fps}.")
+            raise ConfigError(f"SampleWriter.fps must be at least 1, got {fps}.")
         self.format, self.fps, self.min_height = format, fps, min_height
 
     def on_predict_batch_end(
@@ -138,15 +171,15 @@ class VideoWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the batch's quantised videos, each with its prompt in the index."""
+        """Write the batch's quantised samples, each with its prompt in the index."""
         folder = Path(trainer.default_root_dir) / "predictions"
         lines = []
-        for prompt, seed, video in zip(
+        for prompt, seed, sample in zip(
             outputs["prompt"], outputs["seed"], outputs["quantized"], strict=True
         ):
-            name = f"{_file_name(prompt, int(seed))}.{self.format}"
-            write_video(folder / name, enlarge(video, self.min_height), self.fps)
-            lines.append(json.dumps({"file": name, "prompt": prompt, "seed": int(seed)}))
+            large = enlarge(sample, self.min_height)
+            path = write_sample(folder, _file_name(prompt, int(seed)), large, self.format, self.fps)
+            lines.append(json.dumps({"file": path.name, "prompt": prompt, "seed": int(seed)}))
         # Each rank has its own index: two processes must not append to one file.
         index = folder / f"index_rank{ranks.rank()}.jsonl"
         with index.open("a" if batch_idx else "w", encoding="utf-8") as file:
@@ -154,14 +187,14 @@ class VideoWriter(Callback):
 
 
 class MediaLogger(Evaluating):
-    """Keeps videos of all models side by side in `<run folder>/videos`, and sends them to W&B.
+    """Keeps samples of all models side by side in `<run folder>/samples`, and sends them to W&B.
 
-    At validation and test they are the first videos of the evaluation. After fit, whose own
+    At validation and test they are the first samples of the evaluation. After fit, whose own
     validation is off, the module's `validation_step` samples the first prompts.
 
     Args:
-        count: Videos per evaluation.
-        after_fit: Videos sampled when fit has ended; 0: none.
+        count: Samples per evaluation.
+        after_fit: Samples made when fit has ended; 0: none.
         fps: Frames per second.
     """
 
@@ -181,11 +214,11 @@ class MediaLogger(Evaluating):
         self._kept = 0
 
     def look(self, trainer: Trainer, outputs: Any, verb: str) -> None:
-        """Keeps the first videos."""
+        """Keeps the first samples."""
         self._kept += self.keep(trainer, outputs, verb, self.count - self._kept)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sample a few videos with the finished network, on rank 0."""
+        """Sample a few prompts with the finished network, on rank 0."""
         batches = getattr(getattr(trainer, "datamodule", None), "evaluation_batches", None)
         if batches is None or not self.after_fit or not trainer.is_global_zero:
             return
@@ -199,7 +232,7 @@ class MediaLogger(Evaluating):
                 return
 
     def keep(self, trainer: Trainer, outputs: Any, verb: str, most: int) -> int:
-        """Write and log up to `most` videos of one step's outputs; returns how many."""
+        """Write and log up to `most` samples of one step's outputs; returns how many."""
         if not isinstance(outputs, Mapping) or not trainer.is_global_zero:
             return 0
         models = [name for name in LABELS if name in outputs]
@@ -212,12 +245,15 @@ class MediaLogger(Evaluating):
             grid = side_by_side(
                 [outputs[name][index] for name in models], [LABELS[name] for name in models]
             )
-            name = f"{verb}_{_file_name(prompt, int(seed))}.gif"
-            folder = Path(trainer.default_root_dir) / "videos"
-            paths.append(str(write_video(folder / name, grid, self.fps)))
+            name = f"{verb}_{_file_name(prompt, int(seed))}"
+            folder = Path(trainer.default_root_dir) / "samples"
+            paths.append(str(write_sample(folder, name, grid, "gif", self.fps)))
             captions.append(f"{prompt} (seed {seed}): {', '.join(LABELS[m] for m in models)}")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and paths:
+                if paths[0].endswith(".png"):
+                    logger.log_image(f"samples/{verb}", paths, caption=captions)
+                    continue
                 formats = ["gif"] * len(paths)
-                logger.log_video(f"videos/{verb}", paths, caption=captions, format=formats)
+                logger.log_video(f"samples/{verb}", paths, caption=captions, format=formats)
         return len(paths)

@@ -1,0 +1,170 @@
+"""Class-conditional images: the calibration set of a run, and the classes it is evaluated on."""
+
+import random
+from dataclasses import replace
+from typing import Literal, cast
+
+from recon.calibration.selection import SalientSelection
+from recon.datamodules.candidates import Branches
+from recon.datamodules.prompts import noise_seed
+from recon.datamodules.sampled import Request, SampledCalibration
+from recon.errors import ConfigError
+from recon.models.adapter import ModelAdapter
+from recon.models.dit import DiT
+
+Select = Literal["stratified", "salient", "both"]
+
+
+class ImageCalibration(SampledCalibration):
+    """Calibration samples spread over classes and steps, or the most salient ones, or both.
+
+    Args:
+        select: `stratified` over classes and steps (PTQ4DiT); `salient`: the rule `sds`, over all
+            steps of all trajectories (S²Q-VDiT); `both`: the most salient of each stretch of
+            steps, none of which may give more than its share.
+        timesteps: Distinct steps, or stretches of them, from the first to the last.
+        samples_per_timestep: Samples at each. Source: 32 at 25 timesteps, PTQ4DiT.
+        num_trajectories: Images sampled for candidates, each of another class as long as there are
+            some, each from noise of its own; null: one per sample, as PTQ4DiT.
+        classes: Names or numbers of the classes; null: all that the folder names.
+        steps: Sampling steps, in calibration and evaluation. Source: 50 to 250, PTQ4DiT.
+        guidance: Scale of classifier-free guidance. Source: 1.5, PTQ4DiT.
+        seed: Draws classes, noise and held-out samples.
+        sds: The rule of `salient` and `both`; its top_k and quotas follow from the arguments above.
+        branches: What a sample keeps of a guided call: `both` rows, as PTQ4DiT, or the
+            `conditional` one.
+        held_out_trajectories: Further images, for samples that nothing is trained on.
+        held_out_samples: Samples drawn from them, spread evenly over the steps.
+        num_test_images: Images of validation, test and prediction; classes take turns.
+        test_seed: Draws their noise.
+        test_batch_size: Images per evaluation batch.
+        folder: Where the set is kept; null: `calibration` in the run folder. Runs that share a
+            folder share the set.
+        stale: What to do with a set in that folder that was made for another configuration or
+            teacher, or is damaged: refuse it, or build a new one in its place.
+
+    Raises:
+        ConfigError: A number is out of range.
+    """
+
+    def __init__(
+        self,
+        select: Select = "stratified",
+        timesteps: int = 25,
+        samples_per_timestep: int = 32,
+        num_trajectories: int | None = None,
+        classes: list[int | str] | None = None,
+        steps: int = 50,
+        guidance: float = 1.5,
+        seed: int = 0,
+        sds: SalientSelection = SalientSelection(),  # noqa: B008 - frozen, so safe to share
+        branches: Branches = "both",
+        held_out_trajectories: int = 8,
+        held_out_samples: int = 16,
+        num_test_images: int = 96,
+        test_seed: int = 0,
+        test_batch_size: int = 24,
+        folder: str | None = None,
+        stale: Literal["refuse", "rebuild"] = "refuse",
+    ) -> None:
+        super().__init__()
+        count = timesteps * samples_per_timestep
+        self.select, self.timesteps = select, timesteps
+        self.samples_per_timestep, self.classes = samples_per_timestep, classes
+        self.num_trajectories = count if num_trajectories is None else num_trajectories
+        self.steps, self.guidance, self.seed = steps, guidance, seed
+        self.branches = branches
+        self.held_out_trajectories = held_out_trajectories
+        self.held_out_samples = held_out_samples
+        self.num_test_images, self.test_seed = num_test_images, test_seed
+        self.test_batch_size, self.folder, self.stale = test_batch_size, folder, stale
+        self._refuse_small(
+            {
+                "timesteps": 2,
+                "samples_per_timestep": 1,
+                "num_trajectories": 1,
+                "held_out_trajectories": 0,
+                "held_out_samples": 0,
+                "num_test_images": 1,
+            }
+        )
+        self.rule = _rule(select, sds, count, timesteps, samples_per_timestep)
+        self._names: list[str] = []
+
+    def check(self, adapter: ModelAdapter) -> None:
+        """As the base; reads the names of the classes.
+
+        Raises:
+            ConfigError: `classes` is empty or names a class that the folder does not have; the
+                samples exceed the candidates.
+            CapabilityMissing: The adapter cannot give what `sds.source` scores.
+        """
+        self._names = self._classes(adapter)
+        cast(DiT, adapter).check_steps(self.steps)
+        super().check(adapter)
+
+    def _classes(self, adapter: ModelAdapter) -> list[str]:
+        if not isinstance(adapter, DiT):
+            raise ConfigError(
+                f"ImageCalibration samples classes, which {type(adapter).__name__} does not have. "
+                "Use DiT, or the data module of the adapter's family."
+            )
+        known = adapter.class_names()
+        if self.classes is None:
+            return list(known)
+        if not self.classes:
+            raise ConfigError("data.classes is empty. Name at least one class, or null for all.")
+        unknown = [c for c in self.classes if str(c) not in {*known, *map(str, known.values())}]
+        if unknown:
+            raise ConfigError(
+                f"data.classes holds {unknown[0]!r}, which is none of the {len(known)} classes of "
+                f"{adapter.folder}, such as {next(iter(known))!r}. Give their names or numbers."
+            )
+        by_number = {str(number): name for name, number in known.items()}
+        return [by_number.get(str(c), str(c)) for c in self.classes]
+
+    @property
+    def _known(self) -> list[str]:
+        if not self._names:  # an evaluation in its own process
+            assert self.trainer is not None
+            self._names = self._classes(cast(ModelAdapter, self.trainer.lightning_module.adapter))
+        return self._names
+
+    def calibration_prompts(self) -> list[str]:
+        """Names of classes, in shuffled rounds, so that all come equally often."""
+        count = self.num_trajectories + self.held_out_trajectories
+        rng = random.Random(self.seed)
+        chosen: list[str] = []
+        while len(chosen) < count:
+            chosen += rng.sample(self._known, len(self._known))
+        return chosen[:count]
+
+    def evaluation_requests(self) -> list[Request]:
+        """Classes in turn, each image from noise of its own that calibration never saw."""
+        names = self._known
+        return [
+            (names[i % len(names)], noise_seed("evaluation", self.test_seed, i))
+            for i in range(self.num_test_images)
+        ]
+
+    def settings(self) -> dict[str, str | int | float | None]:
+        """Numbers of trajectories, and how samples are spread."""
+        return {
+            "select": self.select,
+            "num_trajectories": self.num_trajectories,
+            "held_out_trajectories": self.held_out_trajectories,
+        }
+
+
+def _rule(
+    select: Select, sds: SalientSelection, count: int, timesteps: int, each: int
+) -> SalientSelection:
+    """The switches of `sds` for one of the three ways to select."""
+    if select == "stratified":
+        return replace(
+            sds, metric="stratified", top_k=count, timesteps=timesteps, quota="none",
+            diversity="none", first_step="zero",
+        )  # fmt: skip
+    if select == "salient":
+        return replace(sds, top_k=count)
+    return replace(sds, top_k=count, quota="per_step_bin", quota_bins=timesteps, quota_max=each)

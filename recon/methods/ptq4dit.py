@@ -1,0 +1,159 @@
+"""PTQ4DiT (arXiv 2405.16005): image diffusion transformers, balanced, then reconstructed.
+
+The paper in its own order, and where each part stands:
+
+    channel-wise salience balancing, CSB        eqs 3-7     `balancing`
+    ρ-guided salience calibration, SSC          eqs 10-14   `recon.quantizers.salience`
+    re-parameterisation                         eqs 13, 20  the adapter's `fold`, when exported
+    block reconstruction                        §4.3        `unit_loss`, `regularizer`: AdaRound
+
+`balance` and `reconstruct` switch the two halves off independently. The authors' code divides
+activations at run time; here the same scale stands in front of the quantiser until it is folded,
+which changes no number.
+"""
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+from recon.engine.reconstruction import Reconstruction
+from recon.engine.unit import LayerGroup, OpenUnit
+from recon.errors import ConfigError
+from recon.layers.quant_linear import QuantLinear
+from recon.layers.rounding import AdaptiveRounding, NearestRounding, rounding_penalty
+from recon.layers.transform import InputTransform
+from recon.losses.reconstruction import token_weighted_error
+from recon.quantizers.affine import absmax_scale, weight_range
+from recon.quantizers.ranges import mse_clip_ratio
+from recon.quantizers.salience import Aggregation, aggregate, balance_scale, weight_salience
+
+BALANCED = ("attention_input", "attention_output", "feed_forward_up")
+"""Roles of the inputs that are balanced: of q, k and v, of the projection, of the first
+feed-forward layer. Source: PTQ4DiT, figure 7 and appendix A."""
+
+PUBLISHED_TOKENS = 256
+"""Tokens of DiT-XL/2 at 256², for which the published weight of the regulariser was chosen."""
+
+
+class PTQ4DiT(Reconstruction):
+    """Salience balanced between activations and weights, then rounding learned block by block.
+
+    Args:
+        balance: `csb` moves range between activations and weights, `none` does not.
+        salience: How the salience of activations is put together over timesteps.
+        ssc_over: Rows that SSC weights: one per timestep (paper) or one per sample (code).
+        gauge: Whether the scales of a layer are divided by their geometric mean.
+        balance_feed_forward_down: Whether the input behind GELU is balanced too. No layer can take
+            over its scale, so it stays a multiplication at run time; ours, not the paper's.
+        reconstruct: Learn the rounding; false: round to nearest on the same step sizes.
+        steps: Optimizer steps of each unit. Source: 20,000 in the code.
+        lr: Of the rounding logits (Adam, constant). Source: 1e-3, for 20,000 steps.
+        rounding_weight: Of the regulariser, a sum over the unit's weights. Source: 0.01.
+        lambda_scaling: `tokens` multiplies it by tokens / 256, because the loss is a sum over
+            tokens: the balance of the two is then that of the paper at 256². `none`: as the code.
+        grid: Ranges tried for each row of a weight. Deviates: the code tries 3 percentiles.
+        **kwargs: Arguments of `Reconstruction`.
+
+    Raises:
+        ConfigError: A number is out of range.
+    """
+
+    def __init__(
+        self,
+        balance: Literal["csb", "none"] = "csb",
+        salience: Aggregation = "ssc",
+        ssc_over: Literal["timestep", "sample"] = "timestep",
+        gauge: bool = True,
+        balance_feed_forward_down: bool = False,
+        reconstruct: bool = True,
+        steps: int = 20_000,
+        lr: float = 1e-3,
+        rounding_weight: float = 0.01,
+        lambda_scaling: Literal["tokens", "none"] = "tokens",
+        grid: int = 80,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        for name, value, least in (("steps", steps, 1), ("grid", grid, 2)):
+            if value < least:
+                raise ConfigError(f"model.{name} must be at least {least}, got {value}.")
+        self.balance, self.salience, self.ssc_over = balance, salience, ssc_over
+        self.gauge, self.balance_feed_forward_down = gauge, balance_feed_forward_down
+        self.reconstruct, self.steps, self.lr = reconstruct, steps, lr
+        self.rounding_weight, self.lambda_scaling, self.grid = rounding_weight, lambda_scaling, grid
+        self._tokens = PUBLISHED_TOKENS
+
+    @property
+    def wants_rows(self) -> Literal["timestep", "sample"] | None:
+        """Maxima of the inputs by timestep (or sample), for SSC."""
+        return self.ssc_over if self.balance == "csb" else None
+
+    def unit_steps(self, samples: int) -> int:
+        """The configured number, whatever the number of samples."""
+        return self.steps if self.reconstruct else 1
+
+    # Opening: CSB on SSC's salience, then step sizes --------------------------------------------
+
+    def open_unit(self, unit: OpenUnit) -> dict[str, QuantLinear]:
+        """Layers on balanced weights, whose rounding starts exactly at the teacher's weight."""
+        layers = {}
+        for group in unit.groups:
+            scale = self.balancing(group, unit)
+            transform = None if scale is None else InputTransform(scale, learn_scale=False)
+            for name, module in group.linears.items():
+                weight = module.weight.float()
+                balanced = weight if transform is None else transform.weight(weight)
+                layers[name] = QuantLinear(
+                    module,
+                    self.weight,
+                    self.activation_spec(group.role),
+                    transform=transform,
+                    rounding=self._rounding(balanced),
+                )
+        return layers
+
+    def balancing(self, group: LayerGroup, unit: OpenUnit) -> Tensor | None:
+        """The diagonal b of B_X for a group's input, [channels]; None where it is not balanced.
+
+        Linears that share the input share b: their salience is the largest over all their rows.
+        """
+        down = self.balance_feed_forward_down and group.role == "feed_forward_down"
+        if self.balance == "none" or not (group.role in BALANCED or down):
+            return None
+        weight = weight_salience([linear.weight for linear in group.linears.values()])
+        activation = aggregate(unit.record.absmax_rows[group.name], weight, self.salience)
+        return balance_scale(activation, weight, gauge=self.gauge).float()
+
+    def _rounding(self, weight: Tensor) -> NearestRounding | AdaptiveRounding:
+        absmax = weight_range(weight, self.weight)
+        ratio = mse_clip_ratio(weight, self.weight, self.grid)
+        return AdaptiveRounding(weight, absmax_scale(absmax * ratio, self.weight), self.weight)
+
+    # Training: AdaRound on block outputs --------------------------------------------------------
+
+    def unit_loss(self, student: Tensor, teacher: Tensor, sample: int) -> dict[str, Tensor]:
+        """Squared error of the block's tokens: a sum over tokens, a mean over channels.
+
+        Source: block_recon.py of the code, whose sum runs over axis 1, the tokens.
+        """
+        self._tokens = teacher.shape[1]
+        return {"mse": self._tokens * token_weighted_error(student, teacher, None)}
+
+    def regularizer(self, unit: OpenUnit, progress: float) -> dict[str, Tensor]:
+        """Pulls every rounding to up or down, harder as the unit goes on."""
+        if not self.reconstruct:
+            return {}
+        share = self._tokens / PUBLISHED_TOKENS if self.lambda_scaling == "tokens" else 1.0
+        penalty = rounding_penalty((q.rounding for q in unit.layers.values()), progress)
+        return {} if penalty is None else {"round": self.rounding_weight * share * penalty}
+
+    def parameter_groups(self, unit: OpenUnit) -> list[dict[str, Any]]:
+        """The rounding logits, at a constant rate."""
+        if not self.reconstruct:
+            return []
+        logits = [
+            layer.rounding.logits
+            for layer in unit.layers.values()
+            if isinstance(layer.rounding, AdaptiveRounding)
+        ]
+        return [{"name": "rounding", "params": logits, "lr": self.lr, "schedule": lambda _: 1.0}]

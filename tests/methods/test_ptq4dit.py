@@ -1,0 +1,190 @@
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from recon.engine.stage_data import run_blocks, timestep_rows
+from recon.errors import ConfigError
+from recon.methods.ptq4dit import PUBLISHED_TOKENS, PTQ4DiT
+from recon.models.dit import DiT
+from recon.quantizers.spec import QuantSpec
+from tests.engine.tiny_run import fit, quantized_bytes, write_samples
+from tests.models.tiny import tiny_image_sample, write_tiny_dit
+from tests.reference import ptq4dit as reference
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_dit(tmp_path_factory.mktemp("dit"))
+
+
+@pytest.fixture(scope="module")
+def samples(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images") / "calibration"
+    draw = partial(tiny_image_sample, batch=2)
+    return write_samples(folder, teacher, samples=4, family=DiT, draw=draw)
+
+
+def method(teacher: Path, **changed: Any) -> PTQ4DiT:
+    settings: dict[str, Any] = {"steps": 6, "lr": 0.02, "threads": 1, "compile": False, **changed}
+    settings = {"weight": QuantSpec(num_bits=3), **settings}
+    return PTQ4DiT(adapter=DiT(str(teacher)), **settings)
+
+
+class First(Callback):
+    """Looks at a module before the first step of its first unit."""
+
+    def __init__(self, look: Any) -> None:
+        self._look, self.seen = look, False
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self.seen:
+            self.seen = True
+            self._look(pl_module)
+
+
+def inputs_of(module: PTQ4DiT, name: str) -> dict[int, Tensor]:
+    """What enters a linear of the open unit's teacher, by calibration sample."""
+    assert module.opened is not None
+    (block,) = module.opened.teacher_blocks
+    found: dict[int, Tensor] = {}
+    for sample in module.frontier.calibration:
+        handle = block.get_submodule(name).register_forward_pre_hook(
+            lambda _, arguments, sample=sample: found.update({sample: arguments[0].detach()})
+        )
+        with torch.no_grad():
+            state = module.frontier.state("teacher", sample)
+            module.adapter.forward_block(block, state)
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("name", ["attn1.to_q", "attn1.to_out.0", "ff.net.0.proj"])
+def test_the_scale_of_every_balanced_input_is_the_papers(
+    name: str, teacher: Path, samples: Path, tmp_path: Path
+) -> None:
+    def look(module: LightningModule) -> None:
+        assert isinstance(module, PTQ4DiT)
+        assert module.opened is not None
+        inputs = inputs_of(module, name)
+        # One sample per timestep, ascending; both rows of a guided call count.
+        table = [
+            reference.activation_salience(inputs[sample].flatten(0, 1).tolist())
+            for sample in module.frontier.calibration
+        ]
+        group = next(g for g in module.opened.groups if g.name.endswith(name))
+        rows = [row for linear in group.linears.values() for row in linear.weight.tolist()]
+        weight = reference.weight_salience(rows)
+        plain = reference.balancing(reference.calibrated_salience(table, weight), weight)
+        expected = torch.tensor(plain, dtype=torch.float64)
+        expected = expected / expected.log().mean().exp()
+        transform = module.opened.layers[group.name].transform
+        assert transform is not None
+        assert transform.channel_scale is not None
+        torch.testing.assert_close(transform.channel_scale, expected.float(), rtol=1e-5, atol=0)
+        assert {module.opened.layers[n].transform for n in group.linears} == {transform}
+
+    looked = First(look)
+    fit(tmp_path, method(teacher), samples, looked)
+    assert looked.seen
+
+
+def test_balancing_and_the_start_of_rounding_change_no_output(
+    teacher: Path, samples: Path, tmp_path: Path
+) -> None:
+    def look(module: LightningModule) -> None:
+        assert isinstance(module, PTQ4DiT)
+        assert module.opened is not None
+        state = module.frontier.state("teacher", 0)
+        with torch.no_grad():
+            student = run_blocks(module.adapter, module.opened.student_blocks, state)
+        # Weights that the range search clips are the only difference.
+        error = (module.adapter.tokens(student) - module.frontier.target(0)).square().mean()
+        assert float(error / module.frontier.target(0).square().mean()) < 1e-4
+
+    looked = First(look)
+    wide = QuantSpec(num_bits=8)
+    fit(tmp_path, method(teacher, activation=None, weight=wide), samples, looked)
+    assert looked.seen
+
+
+SWITCHES: list[dict[str, Any]] = [
+    {"balance": "none"},
+    {"reconstruct": False},
+    {"balance": "none", "reconstruct": False},
+    {"salience": "mean"},
+    {"salience": "max"},
+    {"salience": "midpoint"},
+    {"gauge": False, "activation": QuantSpec(num_bits=4, strategy="token", dynamic=True)},
+    {"balance_feed_forward_down": True},
+    {"rounding_weight": 10.0},
+    {"lambda_scaling": "none", "rounding_weight": 10.0},
+    {"grid": 2},
+    {"inputs": "mix"},
+    {"inputs": "full_precision"},
+    {"adaln": "fp"},
+]
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=str)
+def test_every_switch_runs_and_changes_what_it_should(
+    switch: dict[str, Any], teacher: Path, samples: Path, tmp_path: Path
+) -> None:
+    module = method(teacher, **switch)
+    base = {"rounding_weight": 10.0} if "lambda_scaling" in switch else {}
+    fit(tmp_path / "switched", module, samples)
+    assert 0 < module.final_error["reconstructed"] < 1
+    fit(tmp_path / "default", method(teacher, **base), samples)
+    assert quantized_bytes(tmp_path / "switched") != quantized_bytes(tmp_path / "default")
+
+
+def test_one_sample_per_timestep_makes_no_difference_to_ssc_and_a_repeated_one_does(
+    teacher: Path, samples: Path, tmp_path: Path
+) -> None:
+    fit(tmp_path / "timestep", method(teacher), samples)
+    fit(tmp_path / "sample", method(teacher, ssc_over="sample"), samples)
+    assert quantized_bytes(tmp_path / "timestep") == quantized_bytes(tmp_path / "sample")
+    timesteps = [300, 100, 300, 500]
+    assert timestep_rows([{"timestep": torch.tensor([t, t])} for t in timesteps]) == [1, 0, 1, 2]
+
+
+def test_the_loss_is_a_sum_over_tokens_and_a_mean_over_channels(teacher: Path) -> None:
+    module = method(teacher)
+    ones = torch.ones(2, 3, 5)
+    assert float(module.unit_loss(ones, 0 * ones, 0)["mse"]) == 3
+    assert PUBLISHED_TOKENS == 256
+
+
+def test_two_block_forwards_per_sample_and_a_learned_rounding_beats_the_nearest(
+    teacher: Path, samples: Path, tmp_path: Path
+) -> None:
+    learned, nearest = method(teacher, steps=60), method(teacher, reconstruct=False)
+    fit(tmp_path / "learned", learned, samples)
+    fit(tmp_path / "nearest", nearest, samples)
+    count = learned.sample_count + 2  # two are held out
+    assert learned.forwards["teacher"] == learned.forwards["student"] == 2 * count
+    assert learned.final_error["reconstructed"] < nearest.final_error["reconstructed"]
+
+
+def test_samples_that_go_through_together_give_the_gradient_of_each_alone(
+    teacher: Path, samples: Path, tmp_path: Path
+) -> None:
+    alone = method(teacher, batch_size=4)
+    together = method(teacher, batch_size=4, micro_batch=2)
+    fit(tmp_path / "alone", alone, samples)
+    fit(tmp_path / "together", together, samples)
+    for one, other in zip(alone.history, together.history, strict=True):
+        assert one["loss_first"] == pytest.approx(other["loss_first"], rel=1e-5)
+        assert one["loss_last"] == pytest.approx(other["loss_last"], rel=1e-3)
+
+
+@pytest.mark.parametrize(("key", "value"), [("steps", 0), ("grid", 1)])
+def test_numbers_out_of_range_are_refused(teacher: Path, key: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.{key} must be at least"):
+        method(teacher, **{key: value})
