@@ -22,6 +22,12 @@ class UnitRecord:
     """Largest magnitude per channel, [channels], float32."""
     absmax_rows: dict[str, Tensor] = field(default_factory=dict)
     """The same apart for each timestep or sample, [rows, channels]; rows are the method's."""
+    lowest: dict[str, Tensor] = field(default_factory=dict)
+    """Smallest value per channel, [channels]; only where tokens are kept."""
+    highest: dict[str, Tensor] = field(default_factory=dict)
+    """Largest value per channel, [channels]; only where tokens are kept."""
+    tokens: dict[str, list[Tensor]] = field(default_factory=dict)
+    """Some tokens of each of this process's samples, [tokens, channels] each."""
     gram: dict[str, Tensor] = field(default_factory=dict)
     """Sum of x xᵀ over tokens, [channels, channels], float64 while recording."""
     salience: dict[int, Tensor] = field(default_factory=dict)
@@ -37,8 +43,10 @@ class UnitRecord:
                     "teacher's weights and the calibration set; dtype float16 overflows in some "
                     "networks, bfloat16 does not."
                 )
-        for table in self.absmax_rows.values():
+        for table in (*self.absmax_rows.values(), *self.highest.values()):
             ranks.maximum(table)
+        for lowest in self.lowest.values():
+            ranks.maximum(lowest.neg_()).neg_()
         for gram in self.gram.values():
             ranks.total(gram)
 
@@ -50,6 +58,7 @@ def recorded_inputs(
     *,
     with_gram: Iterable[str],
     row: tuple[int, int] | None = None,
+    tokens: int = 0,
 ) -> Iterator[None]:
     """Adds what enters each of `linears` to `record` while the context is open.
 
@@ -57,6 +66,8 @@ def recorded_inputs(
         linears: The first linear of each input group, by name.
         record: Filled in place.
         with_gram: Names whose Gram matrix is wanted too.
+        tokens: How many tokens of each forward are kept, evenly spaced, with both ends of every
+            channel over all tokens.
         row: Index of the row of `absmax_rows` that this forward belongs to, and their number.
     """
     wanted = set(with_gram)
@@ -71,6 +82,14 @@ def recorded_inputs(
             if table is None:
                 table = record.absmax_rows[name] = absmax.new_zeros(row[1], len(absmax))
             table[row[0]] = torch.maximum(table[row[0]], absmax)
+        if tokens:
+            count = len(rows)
+            spaced = torch.linspace(0, count - 1, min(tokens, count), device=rows.device).long()
+            record.tokens.setdefault(name, []).append(rows[spaced])
+            low, high = rows.aminmax(dim=0)  # over tokens
+            before = record.lowest.get(name, low), record.highest.get(name, high)
+            record.lowest[name] = torch.minimum(before[0], low)
+            record.highest[name] = torch.maximum(before[1], high)
         if name in wanted:
             # One float32 product per sample, summed in float64: see recon.calibration.ranks.
             gram = (rows.T @ rows).double()

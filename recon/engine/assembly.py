@@ -92,8 +92,8 @@ def adopted(
             prefix = f"{name}."
             tensors = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
             if transform is None and any(key.startswith("transform.") for key in tensors):
-                parts = (tensors.get(f"transform.{part}") for part in InputTransform.PARTS)
-                transform = InputTransform.closed(*parts)
+                parts = [tensors.get(f"transform.{part}") for part in InputTransform.PARTS]
+                transform = InputTransform.closed(*parts, spec=activation[name])
             out, in_ = linears[name]
             empty = nn.Linear(in_, out, bias=False, device="meta")
             layers[name] = QuantLinear(empty, weight, activation[name])

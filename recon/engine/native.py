@@ -100,7 +100,7 @@ def _tensors(layers: dict[str, QuantLinear]) -> tuple[dict[str, Tensor], dict[st
             continue
         owners[name] = owner = owner_of.setdefault(id(layer.transform), name)
         for key in InputTransform.PARTS:
-            value = getattr(layer.transform, key)
+            value = layer.transform.part(key)
             if value is not None and owner == name:
                 tensors[f"{name}.transform.{key}"] = value.detach().cpu().contiguous()
     return tensors, owners

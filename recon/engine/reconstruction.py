@@ -5,7 +5,7 @@ Read `on_train_epoch_end` first: a unit is closed and the next one opened there 
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -59,6 +59,9 @@ class Reconstruction(LightningModule):
             threads, so a run has the same bytes only with the same number.
         compile: Whether the unit's forward is compiled; auto: where the work pays for it.
     """
+
+    static_activations: ClassVar[bool] = False
+    """Whether the method finds fixed ranges for activations (strategy tensor)."""
 
     quantizers: nn.ModuleDict
     frontier: Frontier
@@ -126,6 +129,11 @@ class Reconstruction(LightningModule):
     def wants_rows(self) -> Literal["timestep", "sample"] | None:
         """Whether `record.absmax_rows` is needed, and what one of its rows is."""
         return None
+
+    @property
+    def wants_tokens(self) -> int:
+        """How many tokens of each sample `record.tokens` is to keep."""
+        return 0
 
     def prepare(self) -> None:
         """Changes the network before it is cut into units; default: nothing."""
@@ -202,11 +210,13 @@ class Reconstruction(LightningModule):
         Raises:
             ReconError: Naming key, value, rule and remedy.
         """
-        activation = self.activation
-        if self.weight.strategy == "token" or (activation and activation.strategy != "token"):
+        allowed = ("token", "tensor") if self.static_activations else ("token",)
+        found = self.activation.strategy if self.activation else "token"
+        if self.weight.strategy == "token" or found not in allowed:
             raise ConfigError(
                 f"Weights take strategy channel or group, got {self.weight.strategy}; activations "
-                "take token with dynamic: true. Change model.weight or model.activation."
+                f"of {type(self).__name__} take {' or '.join(allowed)} (token with dynamic: true), "
+                f"got {found}. Change model.weight or model.activation."
             )
         if self.batch_size < 1:
             raise ConfigError(f"model.batch_size must be at least 1, got {self.batch_size}.")

@@ -110,7 +110,13 @@ def _observed(module: "Reconstruction", opened: OpenUnit, sample: int) -> Iterat
     with ExitStack() as stack:
         gram = firsts if module.wants_gram else ()
         stack.enter_context(
-            recorded_inputs(firsts, opened.record, with_gram=gram, row=module.record_row(sample))
+            recorded_inputs(
+                firsts,
+                opened.record,
+                with_gram=gram,
+                row=module.record_row(sample),
+                tokens=module.wants_tokens,
+            )
         )
         if module.wants_attention:
             stack.enter_context(stage_data.recorded_salience(module, opened, sample))

@@ -6,7 +6,12 @@ from torch.nn import functional
 
 from recon.layers.rounding import CLIP_LOGIT_START, AdaptiveRounding, NearestRounding
 from recon.layers.transform import InputTransform
-from recon.quantizers.affine import dequantize, fake_quantize_tokens
+from recon.quantizers.affine import (
+    dequantize,
+    fake_quantize_static,
+    fake_quantize_tokens,
+    static_grid,
+)
 from recon.quantizers.packing import pack, unpack
 from recon.quantizers.spec import QuantSpec
 
@@ -87,7 +92,9 @@ class QuantLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Output of the layer, [..., out], in the dtype of `inputs` [..., channels]."""
         hidden = inputs if self.transform is None else self.transform(inputs)
-        if self.activation_spec is not None:
+        if self.activation_spec is not None and self.activation_spec.strategy == "tensor":
+            hidden = self._on_one_grid(hidden.float())
+        elif self.activation_spec is not None:
             clip = self.activation_clip
             if self.activation_clip_logits is not None:
                 clip = self.activation_clip_logits.sigmoid()
@@ -95,6 +102,19 @@ class QuantLinear(nn.Module):
         weight = self.quantized_weight().to(inputs.dtype)
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
         return functional.linear(hidden.to(inputs.dtype), weight, bias)
+
+    def _on_one_grid(self, hidden: Tensor) -> Tensor:
+        """Hidden itself where the transform quantised it; else on the range of this very call.
+
+        The second is the yardstick, rounding to nearest without calibration: a range that fits
+        each call is better than a fixed one, so that it is not beaten for being naive.
+        """
+        assert self.activation_spec is not None
+        if self.transform is not None and self.transform.static is not None:
+            return hidden
+        grid = static_grid(float(hidden.min()), float(hidden.max()), self.activation_spec)
+        step, zero_point = (hidden.new_tensor(value) for value in grid)
+        return fake_quantize_static(hidden, step, zero_point, self.activation_spec)
 
     @torch.no_grad()
     def fold(self) -> Tensor:

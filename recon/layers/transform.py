@@ -6,6 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from recon.layers.static_range import StaticRange
+from recon.quantizers.spec import QuantSpec
 from recon.quantizers.transforms import (
     Factors,
     KroneckerTransform,
@@ -20,19 +22,23 @@ class InputTransform(nn.Module):
 
     While a unit is open, s, P and r are parameters; `fold` turns them into buffers
     (`channel_scale` [channels], `left` [a, a], `right` [b, b], `rotated_scale` [channels]), any of
-    which may be absent. Nobody needs both scales.
+    which may be absent. Nobody needs both scales. Where the linears quantise their input on one
+    fixed grid, the grid is the last part: they share it as they share the input.
 
     Args:
         channel_scale: Start value of s, shape [channels], positive; None leaves it out.
         kronecker: The learned product; None leaves it out.
         rotated_scale: Start value of r, shape [channels], positive; None leaves it out.
         learn_scale: Whether s and r receive gradients.
+        static: The fixed grid; None leaves quantising to the linears.
 
     Source: scale before rotation as FlatQuant (arXiv 2410.09426), S²Q-VDiT's stated origin; after
     it as QuantVGGT, code of the same group.
     """
 
-    PARTS: ClassVar = ("channel_scale", "left", "right", "rotated_scale")
+    PARTS: ClassVar = (
+        "channel_scale", "left", "right", "rotated_scale", "static.step", "static.zero_point"
+    )  # fmt: skip
     """Names of the buffers that a folded transform keeps."""
 
     channel_scale: Tensor | None
@@ -47,8 +53,10 @@ class InputTransform(nn.Module):
         *,
         rotated_scale: Tensor | None = None,
         learn_scale: bool = True,
+        static: StaticRange | None = None,
     ) -> None:
         super().__init__()
+        self.static = static
         for name, scale in (("channel_scale", channel_scale), ("rotated_scale", rotated_scale)):
             if scale is not None and learn_scale:
                 # A parameter of the logarithm would change the published learning rate's meaning.
@@ -69,9 +77,18 @@ class InputTransform(nn.Module):
         left: Tensor | None,
         right: Tensor | None,
         rotated_scale: Tensor | None = None,
+        step: Tensor | None = None,
+        zero_point: Tensor | None = None,
+        *,
+        spec: QuantSpec | None = None,
     ) -> "InputTransform":
-        """A folded transform that holds these tensors."""
-        transform = cls(channel_scale, rotated_scale=rotated_scale, learn_scale=False)
+        """A folded transform that holds these tensors, in the order of `PARTS`."""
+        static = None
+        if step is not None and zero_point is not None and spec is not None:
+            static = StaticRange.closed(step, zero_point, spec)
+        transform = cls(
+            channel_scale, rotated_scale=rotated_scale, learn_scale=False, static=static
+        )
         transform.left, transform.right = left, right
         return transform
 
@@ -103,7 +120,9 @@ class InputTransform(nn.Module):
             inputs = apply_kronecker(inputs, *self._factors()[:2])
         elif self.left is not None and self.right is not None:
             inputs = apply_kronecker(inputs, self.left, self.right)
-        return inputs if self.rotated_scale is None else inputs * self.rotated_scale
+        if self.rotated_scale is not None:
+            inputs = inputs * self.rotated_scale
+        return inputs if self.static is None else self.static(inputs)
 
     def weight(self, weight: Tensor) -> Tensor:
         """The weight [out, channels] that meets the transformed input with the same product."""
@@ -150,6 +169,15 @@ class InputTransform(nn.Module):
             left, right = self.kronecker.factors(torch.float64)
             self.left, self.right = left.float(), right.float()
             self.kronecker = None
+        if self.static is not None:
+            self.static.fold()
+
+    def part(self, name: str) -> Tensor | None:
+        """A buffer of a folded transform by its name in `PARTS`; None where it is absent."""
+        owner, _, leaf = name.rpartition(".")
+        holder = getattr(self, owner) if owner else self
+        found: Tensor | None = None if holder is None else getattr(holder, leaf)
+        return found
 
 
 def begin_all(transforms: Sequence[InputTransform]) -> None:

@@ -6,25 +6,30 @@ The paper in its own order, and where each part stands:
     ρ-guided salience calibration, SSC          eqs 10-14   `recon.quantizers.salience`
     re-parameterisation                         eqs 13, 20  the adapter's `fold`, when exported
     block reconstruction                        §4.3        `unit_loss`, `regularizer`: AdaRound
+                                                            and learned activation step sizes
 
 `balance` and `reconstruct` switch the two halves off independently. The authors' code divides
 activations at run time; here the same scale stands in front of the quantiser until it is folded,
 which changes no number.
 """
 
-from typing import Any, Literal
+import math
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
+from recon.calibration import ranks
 from recon.engine.reconstruction import Reconstruction
 from recon.engine.unit import LayerGroup, OpenUnit
 from recon.errors import ConfigError
 from recon.layers.quant_linear import QuantLinear
 from recon.layers.rounding import AdaptiveRounding, NearestRounding, rounding_penalty
+from recon.layers.static_range import StaticRange
 from recon.layers.transform import InputTransform
 from recon.losses.reconstruction import token_weighted_error
 from recon.quantizers.affine import absmax_scale, weight_range
-from recon.quantizers.ranges import mse_clip_ratio
+from recon.quantizers.ranges import mse_clip_ratio, static_range_errors
 from recon.quantizers.salience import Aggregation, aggregate, balance_scale, weight_salience
 
 BALANCED = ("attention_input", "attention_output", "feed_forward_up")
@@ -51,12 +56,22 @@ class PTQ4DiT(Reconstruction):
         rounding_weight: Of the regulariser, a sum over the unit's weights. Source: 0.01.
         lambda_scaling: `tokens` multiplies it by tokens / 256, because the loss is a sum over
             tokens: the balance of the two is then that of the paper at 256². `none`: as the code.
-        grid: Ranges tried for each row of a weight. Deviates: the code tries 3 percentiles.
+        grid: Ranges tried for each row of a weight and for each fixed activation range. Deviates:
+            the code tries 3 percentiles.
+        step_size: How fixed activation step sizes are learned, where `activation` has strategy
+            tensor: their logarithm, or `absolute` as in the code, whose one rate is 100 times the
+            step of a softmax and leaves nothing positive.
+        step_lr: Of the activation step sizes (Adam, cosine to 0): 1e-3 for logarithms, 4e-5 is the
+            code's for absolute ones.
+        range_tokens: Tokens of each sample that fixed ranges are searched on. Deviates: the code
+            searches on class 0 behind a quantised prefix; here it is every sample's teacher.
         **kwargs: Arguments of `Reconstruction`.
 
     Raises:
         ConfigError: A number is out of range.
     """
+
+    static_activations: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -71,22 +86,33 @@ class PTQ4DiT(Reconstruction):
         rounding_weight: float = 0.01,
         lambda_scaling: Literal["tokens", "none"] = "tokens",
         grid: int = 80,
+        step_size: Literal["log", "absolute"] = "log",
+        step_lr: float = 1e-3,
+        range_tokens: int = 64,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        for name, value, least in (("steps", steps, 1), ("grid", grid, 2)):
+        limits = (("steps", steps, 1), ("grid", grid, 2), ("range_tokens", range_tokens, 1))
+        for name, value, least in limits:
             if value < least:
                 raise ConfigError(f"model.{name} must be at least {least}, got {value}.")
         self.balance, self.salience, self.ssc_over = balance, salience, ssc_over
         self.gauge, self.balance_feed_forward_down = gauge, balance_feed_forward_down
         self.reconstruct, self.steps, self.lr = reconstruct, steps, lr
         self.rounding_weight, self.lambda_scaling, self.grid = rounding_weight, lambda_scaling, grid
+        self.step_size, self.step_lr, self.range_tokens = step_size, step_lr, range_tokens
         self._tokens = PUBLISHED_TOKENS
 
     @property
     def wants_rows(self) -> Literal["timestep", "sample"] | None:
         """Maxima of the inputs by timestep (or sample), for SSC."""
         return self.ssc_over if self.balance == "csb" else None
+
+    @property
+    def wants_tokens(self) -> int:
+        """Some tokens of each sample, to search fixed ranges on."""
+        fixed = self.activation is not None and self.activation.strategy == "tensor"
+        return self.range_tokens if fixed else 0
 
     def unit_steps(self, samples: int) -> int:
         """The configured number, whatever the number of samples."""
@@ -98,8 +124,7 @@ class PTQ4DiT(Reconstruction):
         """Layers on balanced weights, whose rounding starts exactly at the teacher's weight."""
         layers = {}
         for group in unit.groups:
-            scale = self.balancing(group, unit)
-            transform = None if scale is None else InputTransform(scale, learn_scale=False)
+            transform = self._transform(group, unit)
             for name, module in group.linears.items():
                 weight = module.weight.float()
                 balanced = weight if transform is None else transform.weight(weight)
@@ -123,6 +148,29 @@ class PTQ4DiT(Reconstruction):
         weight = weight_salience([linear.weight for linear in group.linears.values()])
         activation = aggregate(unit.record.absmax_rows[group.name], weight, self.salience)
         return balance_scale(activation, weight, gauge=self.gauge).float()
+
+    def _transform(self, group: LayerGroup, unit: OpenUnit) -> InputTransform | None:
+        scale = self.balancing(group, unit)
+        spec = self.activation_spec(group.role)
+        fixed = spec is not None and spec.strategy == "tensor"
+        if scale is None and not fixed:
+            return None
+        static = self._static_range(group, unit, scale) if fixed else None
+        return InputTransform(scale, learn_scale=False, static=static)
+
+    def _static_range(self, group: LayerGroup, unit: OpenUnit, scale: Tensor | None) -> StaticRange:
+        """The fixed range of the balanced input that costs the least square error."""
+        record, spec = unit.record, self.activation_spec(group.role)
+        assert spec is not None
+        tokens = torch.cat(record.tokens[group.name])
+        factor = torch.ones_like(tokens[0]) if scale is None else scale
+        low = float((record.lowest[group.name] * factor).min())
+        high = float((record.highest[group.name] * factor).max())
+        ratios, errors = static_range_errors(tokens * factor, low, high, spec, self.grid)
+        best = float(ratios[int(ranks.total(errors).argmin())])
+        return StaticRange(
+            best * low, best * high, spec, self.step_size if self.reconstruct else None
+        )
 
     def _rounding(self, weight: Tensor) -> NearestRounding | AdaptiveRounding:
         absmax = weight_range(weight, self.weight)
@@ -148,7 +196,7 @@ class PTQ4DiT(Reconstruction):
         return {} if penalty is None else {"round": self.rounding_weight * share * penalty}
 
     def parameter_groups(self, unit: OpenUnit) -> list[dict[str, Any]]:
-        """The rounding logits, at a constant rate."""
+        """Rounding logits at a constant rate, activation step sizes on a cosine to zero."""
         if not self.reconstruct:
             return []
         logits = [
@@ -156,4 +204,16 @@ class PTQ4DiT(Reconstruction):
             for layer in unit.layers.values()
             if isinstance(layer.rounding, AdaptiveRounding)
         ]
-        return [{"name": "rounding", "params": logits, "lr": self.lr, "schedule": lambda _: 1.0}]
+        groups = [{"name": "rounding", "params": logits, "lr": self.lr, "schedule": lambda _: 1.0}]
+        ranges = (transform.static for transform in unit.transforms)
+        learned = [p for static in ranges if static is not None for p in static.parameters()]
+        if learned:
+            groups.append(
+                {
+                    "name": "step_size",
+                    "params": learned,
+                    "lr": self.step_lr,
+                    "schedule": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+                }
+            )
+        return groups

@@ -266,3 +266,42 @@ def fake_quantize_tokens(x: Tensor, spec: QuantSpec, clip: Tensor | None = None)
     if clip is not None:
         upper, lower = upper * clip[0], lower * clip[1]
     return fake_quantize(x, absmax_scale(torch.maximum(upper, -lower), spec), spec)
+
+
+def static_grid(low: float, high: float, spec: QuantSpec) -> tuple[float, float]:
+    """Step size and zero-point of a fixed range.
+
+    A symmetric quantiser takes the larger end and the zero-point 0. An asymmetric one spans
+    [low, high], with zero inside, in 2^bits - 1 steps. A range of nothing but zero gets step 1.
+
+    Args:
+        low: Lower end, at most 0 or taken as 0.
+        high: Upper end, at least 0 or taken as 0.
+        spec: Strategy tensor.
+
+    Source: PTQ4DiT, quant_layer.py (asymmetric).
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    if spec.symmetric:
+        step = max(-low, high) / spec.denominator
+        return (step, 0.0) if step > 0 else (1.0, 0.0)
+    step = (high - low) / (spec.qmax - spec.qmin)
+    return (step, float(round(-low / step))) if step > 0 else (1.0, 0.0)
+
+
+def fake_quantize_static(x: Tensor, step: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Values of x on one fixed grid, differentiable in x and in the step.
+
+    The gradient of the step is round(x/s) - x/s inside the range, and the code less the zero-point
+    where the clamp holds it; x gets no gradient there.
+
+    Args:
+        x: Any shape.
+        step: Positive, a scalar.
+        zero_point: Code of zero, an integer in a float scalar.
+        spec: Strategy tensor.
+
+    Source: PTQ4DiT, quant_layer.py: plain autograd through round and clamp, without LSQ's factor.
+    """
+    code = torch.clamp(round_ste(x / step), spec.qmin - zero_point, spec.qmax - zero_point)
+    return code * step

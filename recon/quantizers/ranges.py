@@ -9,7 +9,9 @@ from recon.quantizers.affine import (
     codes,
     compute_dtype,
     dequantize,
+    fake_quantize_static,
     split_groups,
+    static_grid,
     weight_range,
 )
 from recon.quantizers.spec import QuantSpec
@@ -54,6 +56,36 @@ def mse_clip_ratio(weight: Tensor, spec: QuantSpec, grid: int = 80) -> Tensor:
             best_error = torch.where(better, error, best_error)
             best_ratio = best_ratio.masked_fill(better, ratio)
     return best_ratio
+
+
+def static_range_errors(
+    tokens: Tensor, low: float, high: float, spec: QuantSpec, grid: int = 80
+) -> tuple[Tensor, Tensor]:
+    """Ratios of a fixed range, and the summed square error that each of them costs.
+
+    Errors of parts of the tokens may be added up before the least is taken.
+
+    Args:
+        tokens: Some of what will be quantised, any shape.
+        low: Lower end of the full range.
+        high: Upper end.
+        spec: Strategy tensor.
+        grid: Number of ratios, evenly spaced from 1 down to 0.2, at least 2.
+
+    Returns:
+        Ratios and errors, float64 [grid] each.
+
+    Source: as `mse_clip_ratio`, on activations.
+    """
+    ratios = torch.linspace(1.0, LOWEST_RATIO, grid, dtype=torch.float64)
+    errors = []
+    for ratio in ratios.tolist():
+        step, zero_point = (
+            tokens.new_tensor(v) for v in static_grid(low * ratio, high * ratio, spec)
+        )
+        difference = fake_quantize_static(tokens, step, zero_point, spec) - tokens
+        errors.append(difference.double().square().sum())
+    return ratios, torch.stack(errors).cpu()
 
 
 def _square_error(weight: Tensor, absmax: Tensor, spec: QuantSpec) -> Tensor:

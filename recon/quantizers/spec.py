@@ -14,7 +14,7 @@ MAX_BITS = 8
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """Description of one symmetric integer quantiser, in the words of compressed-tensors.
+    """Description of one integer quantiser, in the words of compressed-tensors.
 
     | strategy | shape of the scale | for |
     |---|---|---|
@@ -28,7 +28,8 @@ class QuantSpec:
     """
 
     num_bits: int = 4
-    """Bits of one code, in [2, 8]; codes lie in [-2^(bits-1), 2^(bits-1) - 1]."""
+    """Bits of one code, in [2, 8]; codes lie in [-2^(bits-1), 2^(bits-1) - 1], of an asymmetric
+    quantiser in [0, 2^bits - 1]."""
 
     strategy: Strategy = "channel"
     """What shares one scale: the tensor, an output row, a group of inputs of a row, or a token."""
@@ -43,6 +44,10 @@ class QuantSpec:
     scale_denominator: ScaleDenominator = "qmax"
     """Scale of a range: qmax is absmax / (2^(bits-1) - 1), the papers' rule; half_range is
     absmax / ((2^bits - 1) / 2), the rule of compressed-tensors and torchao, lossless on export."""
+
+    symmetric: bool = True
+    """Whether zero is the middle of the range. False, with a zero-point, only for activations with
+    strategy tensor: asymmetric int4 weights do not reload in transformers."""
 
     def __post_init__(self) -> None:
         """Refuse what no quantiser here can compute."""
@@ -62,6 +67,11 @@ class QuantSpec:
                 f"QuantSpec.scale_denominator is {self.scale_denominator!r}, which is none of "
                 f"{', '.join(get_args(ScaleDenominator))}. Choose half_range for models to be "
                 "exported, qmax for the papers' numbers."
+            )
+        if not self.symmetric and self.strategy != "tensor":
+            raise ConfigError(
+                f"QuantSpec.symmetric is false, but strategy {self.strategy} has no zero-point "
+                "here. Set symmetric: true, or strategy: tensor for a static range of activations."
             )
         self._check_group_size()
         self._check_dynamic()
@@ -91,19 +101,14 @@ class QuantSpec:
             )
 
     @property
-    def symmetric(self) -> bool:
-        """True: there is no zero-point (asymmetric int4 weights do not reload in transformers)."""
-        return True
-
-    @property
     def qmin(self) -> int:
-        """Smallest code, -2^(bits-1)."""
-        return -(1 << (self.num_bits - 1))
+        """Smallest code: -2^(bits-1), or 0 of an asymmetric quantiser."""
+        return -(1 << (self.num_bits - 1)) if self.symmetric else 0
 
     @property
     def qmax(self) -> int:
-        """Largest code, 2^(bits-1) - 1."""
-        return (1 << (self.num_bits - 1)) - 1
+        """Largest code, 2^bits - 1 above the smallest."""
+        return self.qmin + (1 << self.num_bits) - 1
 
     @property
     def denominator(self) -> float:

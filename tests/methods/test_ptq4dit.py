@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+import recon
+from recon.engine.sampling import network
 from recon.engine.stage_data import run_blocks, timestep_rows
 from recon.errors import ConfigError
 from recon.methods.ptq4dit import PUBLISHED_TOKENS, PTQ4DiT
@@ -114,6 +116,8 @@ def test_balancing_and_the_start_of_rounding_change_no_output(
     assert looked.seen
 
 
+CPU = torch.device("cpu")
+STATIC = QuantSpec(num_bits=8, strategy="tensor", symmetric=False)
 SWITCHES: list[dict[str, Any]] = [
     {"balance": "none"},
     {"reconstruct": False},
@@ -126,6 +130,11 @@ SWITCHES: list[dict[str, Any]] = [
     {"rounding_weight": 10.0},
     {"lambda_scaling": "none", "rounding_weight": 10.0},
     {"grid": 2},
+    {"activation": STATIC},
+    {"activation": STATIC, "balance": "none"},
+    {"activation": STATIC, "reconstruct": False},
+    {"activation": STATIC, "step_size": "absolute", "step_lr": 4e-5},
+    {"activation": QuantSpec(num_bits=8, strategy="tensor")},
     {"inputs": "mix"},
     {"inputs": "full_precision"},
     {"adaln": "fp"},
@@ -142,6 +151,11 @@ def test_every_switch_runs_and_changes_what_it_should(
     assert 0 < module.final_error["reconstructed"] < 1
     fit(tmp_path / "default", method(teacher, **base), samples)
     assert quantized_bytes(tmp_path / "switched") != quantized_bytes(tmp_path / "default")
+    loaded = recon.load(tmp_path / "switched")
+    whole, sample = network(module, "quantized", CPU), module.frontier.sample(0)
+    with torch.no_grad():
+        outputs = [net(**sample, return_dict=False)[0] for net in (whole, loaded)]
+    assert torch.equal(*outputs)
 
 
 def test_one_sample_per_timestep_makes_no_difference_to_ssc_and_a_repeated_one_does(
