@@ -68,7 +68,7 @@ def seconds(root: Path) -> float:
     return float(json.loads((root / "summary.json").read_text())["seconds"]["reconstruction"])
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("memory", [(), DISK], ids=["memory", "disk"])
 def test_kill_9_at_a_random_moment(
     seed: int, memory: tuple[str, ...], whole: Path, pipeline: Path, finished_run: Path,
