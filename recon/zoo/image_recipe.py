@@ -10,10 +10,10 @@ class Recipe:
     """One training run from nothing."""
 
     seed: int = 0
-    crop_steps: int = 1500
+    crop_steps: int = 1000
     """Decoder steps on 32 x 32 crops: convolutions learn the same there at a quarter of the
     cost."""
-    full_steps: int = 150
+    full_steps: int = 100
     """Decoder steps on whole pictures, for which the group norms' statistics differ."""
     decoder_batch: int = 16
     decoder_rate: float = 3e-3
@@ -21,12 +21,12 @@ class Recipe:
     """Standard deviation of the noise on the unscaled latents that the decoder learns from."""
     scenes: int = 12000
     """Scenes rendered and encoded once."""
-    steps: int = 1700
+    steps: int = 1100
     """Transformer steps."""
     batch: int = 48
     rate: float = 1.5e-3
     warmup: int = 100
-    decay_steps: int = 600
+    decay_steps: int = 450
     """Last transformer steps, over which the learning rate falls to zero."""
     average: float = 0.995
     """Decay per step of the running average of the weights, which is what is kept."""

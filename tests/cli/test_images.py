@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import CONFIGS
+from tests.cli.command import CONFIGS, codes, finished
 from tests.models.tiny import write_tiny_dit
 
 Call = Callable[[list[str]], tuple[int, str]]
@@ -53,6 +53,18 @@ def test_fit_test_and_predict_on_images(
     status, printed = recon(["predict", "--run", str(root)])
     assert status == 0, printed
     assert len(list((root / "predictions").glob("*.png"))) == 4
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("config", ["ptq4dit", "ptq4dit_faithful"])
+def test_two_processes_leave_the_bytes_of_one(config: str, teacher: Path, tmp_path: Path) -> None:
+    written = []
+    for count in ("1", "2"):
+        root = tmp_path / count / "run"
+        fit = [*arguments(root, teacher, config=config), "--media.after_fit", "0"]
+        assert finished([*fit, "--trainer.devices", count], root.parent / "log") == 0
+        written.append(codes(root))
+    assert written[0] == written[1]
 
 
 def test_the_configuration_of_the_real_model_needs_its_folder_and_takes_one_of_its_layout(

@@ -21,9 +21,11 @@ from recon.engine import Reconstruction, walk
 from recon.engine.checkpoints import examined, written
 from recon.errors import CheckpointMismatch, NumericsError
 from recon.methods.adaround import AdaRound
+from recon.methods.ptq4dit import PTQ4DiT
 from recon.methods.rtn import RoundToNearest
 from recon.methods.s2q_vdit import S2QVDiT
 from recon.models.cogvideox import CogVideoX
+from recon.quantizers.spec import QuantSpec
 from tests.engine.tiny_run import Interruption, Soft, assert_same, fit, quantized_bytes
 from tests.models.tiny import write_tiny_cogvideox
 
@@ -44,6 +46,14 @@ def adaround(teacher: Path, **changed: Any) -> Reconstruction:
     )  # fmt: skip
 
 
+def ptq4dit(teacher: Path, **changed: Any) -> Reconstruction:
+    return PTQ4DiT(
+        adapter=CogVideoX(str(teacher)), steps=STEPS, threads=1, compile=False, lr=0.1,
+        batch_size=4, micro_batch=2, step_lr=0.05,
+        activation=QuantSpec(num_bits=6, strategy="tensor", symmetric=False), **changed,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Whole:
     """What a run that was not stopped left behind."""
@@ -54,7 +64,7 @@ class Whole:
     history: list[dict[str, float]]
 
 
-METHODS: dict[str, Make] = {"s2q": s2q, "adaround": adaround}
+METHODS: dict[str, Make] = {"s2q": s2q, "adaround": adaround, "ptq4dit": ptq4dit}
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +168,15 @@ def test_learned_rounding_on_mixed_inputs_continues_bit_for_bit(
     with pytest.raises(Interruption):
         fit(tmp_path, adaround(teacher), samples, Stop(hook, step))
     assert continued(tmp_path, adaround(teacher), samples, whole("adaround"))[0] == 7
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_fixed_ranges_and_their_learned_steps_continue_bit_for_bit(
+    step: int, teacher: Path, samples: Path, tmp_path: Path, whole: Any
+) -> None:
+    with pytest.raises(Interruption):
+        fit(tmp_path, ptq4dit(teacher), samples, Stop("on_before_optimizer_step", step))
+    continued(tmp_path, ptq4dit(teacher), samples, whole("ptq4dit"))
 
 
 @pytest.fixture
