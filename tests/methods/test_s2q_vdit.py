@@ -274,7 +274,7 @@ def test_a_width_without_a_split_is_refused_before_anything_is_done(
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"weight": QuantSpec(strategy="token", dynamic=True)}, "Weights take strategy"),
-        ({"activation": QuantSpec(num_bits=4)}, "activations take token"),
+        ({"activation": QuantSpec(num_bits=4)}, "activations of S2QVDiT take token"),
     ],
 )
 def test_numbers_out_of_range_are_refused(
