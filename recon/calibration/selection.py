@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from recon.errors import ConfigError, NumericsError
+from recon.quantizers.salience import ranks
 
 Norm = Literal["fro", "spectral"]
 Metric = Literal["product", "change", "gram", "random", "uniform", "stratified"]
@@ -199,17 +200,10 @@ def rank_correlation(one: Tensor, other: Tensor) -> float | None:
 
     A value near 1 says that the product adds nothing to either metric alone.
     """
-    ranks = torch.stack([_ranks(one.flatten()), _ranks(other.flatten())])
-    if bool((ranks.amax(dim=1) == ranks.amin(dim=1)).any()):  # over candidates
+    both = ranks(torch.stack([one.flatten(), other.flatten()]))
+    if bool((both.amax(dim=1) == both.amin(dim=1)).any()):  # over candidates
         return None
-    return float(torch.corrcoef(ranks)[0, 1])
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks in which equal values share their mean rank."""
-    _, group, count = values.unique(return_inverse=True, return_counts=True)
-    last = count.cumsum(0).double()
-    return (last - (count - 1) / 2)[group]
+    return float(torch.corrcoef(both)[0, 1])
 
 
 # The choice

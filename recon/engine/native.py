@@ -4,7 +4,7 @@ config.json             the network's own configuration
 network.safetensors     every tensor that is not quantised: embedders, norms, biases, head
 quantized.safetensors   per layer `codes` (int32, packed), `scale`, and where there is one
 `activation_clip`; per group of layers that share an input the
-transform's `channel_scale`, `left`, `right`, `rotated_scale`, under its first layer
+transform's `channel_scale`, `left`, `right`, `rotated_scale` and fixed grid, under its first layer
 manifest.json           method, bits and error, shapes and owner of each layer, fingerprint;
 written last, with a checksum of the other files
 """

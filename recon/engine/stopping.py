@@ -15,7 +15,7 @@ def listen(module: "Reconstruction") -> None:
     """Notes SIGTERM from now on; alone, Lightning's own handler does so.
 
     With several processes that handler runs a collective at whatever point the signal finds each
-    of them, which then meets another collective of its neighbour: the run hangs.
+    of them, which may then meet another collective of its neighbour. Read in its code (2.6.6).
     """
     if not ranks.active():
         return

@@ -203,8 +203,8 @@ class S2QVDiT(Reconstruction):
         weight = torch.cat([linear.weight.float() for linear in group.linears.values()])
         activation = unit.record.absmax[group.name]
         width = activation.numel()
+        scale = smoothing_scale(activation, weight.abs().amax(dim=0), self.alpha)
         if self.rotation.kind == "none":
-            scale = smoothing_scale(activation, weight.abs().amax(dim=0), self.alpha)
             return InputTransform(scale, learn_scale=self.learn_scale)
         kronecker = KroneckerTransform(
             width,
@@ -214,7 +214,6 @@ class S2QVDiT(Reconstruction):
             generator=self.generator("rotation", group.name),
         )
         if self.scale_order == "before_rotation":
-            scale = smoothing_scale(activation, weight.abs().amax(dim=0), self.alpha)
             return InputTransform(scale, kronecker, learn_scale=self.learn_scale)
         left, right, *inverse = (f.detach().to(weight.device) for f in kronecker.all_factors())
         gram = transform_gram(unit.record.gram[group.name].to(weight.device), None, left, right)
