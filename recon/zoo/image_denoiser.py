@@ -46,7 +46,8 @@ class Lessons:
             class_labels=self._drop_labels(self.labels[chosen], recipe.empty_labels),
             return_dict=False,
         )[0]
-        return hybrid_loss(predicted, noise, timesteps, self.chain)
+        velocity = self.scheduler.get_velocity(clean, noise, timesteps)
+        return hybrid_loss(predicted, velocity, timesteps, self.chain)
 
     def _drop_labels(self, labels: Tensor, share: float) -> Tensor:
         """Labels [batch], a share of them replaced by the null class."""
@@ -65,8 +66,8 @@ class Lessons:
         return (share * self.scheduler.config.num_train_timesteps).long()
 
 
-def prepare(recipe: Recipe) -> Lessons:
-    """Rendered and encoded scenes, and everything a batch is drawn with."""
+def prepare(recipe: Recipe, number: int) -> Lessons:
+    """Rendered and encoded scenes, and everything a batch of a round is drawn with."""
     scenes = random_scenes(recipe.seed + 3, recipe.scenes)
     scheduler = image_teacher.build_scheduler()
     return Lessons(
@@ -74,7 +75,7 @@ def prepare(recipe: Recipe) -> Lessons:
         labels=torch.tensor([label_of(scene) for scene in scenes]),
         scheduler=scheduler,
         chain=chain_of(scheduler.betas),
-        generator=torch.Generator().manual_seed(recipe.seed + 4),
+        generator=torch.Generator().manual_seed(recipe.seed + 4 + number),
     )
 
 
@@ -128,25 +129,29 @@ def build_optimizers(
     ]
 
 
-def train_transformer(
-    recipe: Recipe, save: Callable[[DiTTransformer2DModel], None]
+def train_round(
+    recipe: Recipe,
+    number: int,
+    transformer: DiTTransformer2DModel,
+    save: Callable[[DiTTransformer2DModel], None],
 ) -> DiTTransformer2DModel:
-    """Running average of the trained transformer, its embedders tied.
+    """Running average of the weights over one round of training.
 
     Args:
         recipe: The numbers of the run.
+        number: Of the round.
+        transformer: Is trained in place; its embedders are tied.
         save: Is given the average every `save_every` steps.
     """
-    lessons = prepare(recipe)
-    transformer = start_transformer(recipe.seed + 2)
+    lessons, steps = prepare(recipe, number), recipe.rounds()[number]
     average = copy.deepcopy(transformer).requires_grad_(False)
     parameters = list(transformer.parameters())
     averages: list[Tensor] = list(average.parameters())
     optimizers = build_optimizers(transformer, recipe.rate)
-    course = partial(factor, recipe=recipe)
+    course = partial(factor, steps=steps, recipe=recipe)
     schedules = [torch.optim.lr_scheduler.LambdaLR(each, course) for each in optimizers]
     begin, sums = time.monotonic(), 0.0
-    for step in range(1, recipe.steps + 1):
+    for step in range(1, steps + 1):
         loss = lessons.loss(transformer, recipe)
         transformer.zero_grad()
         loss.backward()
@@ -159,9 +164,7 @@ def train_transformer(
         sums += loss.item()
         if step % 50 == 0:
             seconds = time.monotonic() - begin
-            logger.info(
-                "transformer %d/%d loss %.4f, %.0f s", step, recipe.steps, sums / 50, seconds
-            )
+            logger.info("transformer %d/%d loss %.4f, %.0f s", step, steps, sums / 50, seconds)
             sums = 0.0
         if step % recipe.save_every == 0:
             save(average)

@@ -1,4 +1,4 @@
-"""The hybrid objective of Nichol & Dhariwal: noise and variance of the reverse process at once.
+"""The hybrid objective of Nichol & Dhariwal: velocity and variance of the reverse process at once.
 
 Source: https://arxiv.org/abs/2102.09672, section 3.1, as DiT trains with it.
 """
@@ -15,7 +15,7 @@ class Chain:
     """The diffusion chain's constants, each [timesteps], of all timesteps at once."""
 
     squared_gap: Tensor
-    """Squared distance of two reverse means per squared difference of their noises."""
+    """Squared distance of two reverse means per squared difference of their velocities."""
     low: Tensor
     """Log of the posterior variance, of the smallest variance that the network can predict."""
     high: Tensor
@@ -34,27 +34,30 @@ def chain_of(betas: Tensor) -> Chain:
     before = torch.cat([product.new_ones(1), product[:-1]])
     posterior = beta * (1 - before) / (1 - product)
     posterior[0] = posterior[1]
-    squared_gap = beta.square() / (alpha * (1 - product))
+    squared_gap = product * beta.square() / (alpha * (1 - product))
     return Chain(squared_gap.float(), posterior.log().float(), beta.log().float())
 
 
-def hybrid_loss(predicted: Tensor, noise: Tensor, timesteps: Tensor, chain: Chain) -> Tensor:
-    """Mean squared error of the noise plus the variational bound of the variance, a scalar.
+def hybrid_loss(predicted: Tensor, velocity: Tensor, timesteps: Tensor, chain: Chain) -> Tensor:
+    """Mean squared error of the velocity plus the variational bound of the variance, a scalar.
 
     Equation 16 with its weight, 0.001, times the 1000 timesteps over which the bound is a sum.
-    Deviates from the paper: whatever timesteps are given weigh both terms alike, without the
-    correction that would turn a draw that is not uniform into the bound itself.
+    Deviates from the paper: the network predicts the velocity (Salimans & Ho, arXiv 2202.00512,
+    appendix D), whose error is that of the noise over the square root of the signal's share, so
+    that the noisy timesteps, where a picture's shape is decided, count; and whatever timesteps are
+    given weigh both terms alike, without the correction that would turn a draw that is not uniform
+    into the bound itself.
 
     Args:
-        predicted: Output of the network, [batch, 2 x channels, height, width]: noise, then the
+        predicted: Output of the network, [batch, 2 x channels, height, width]: velocity, then the
             variance as a position between its limits, nominally in [-1, 1].
-        noise: [batch, channels, height, width].
+        velocity: [batch, channels, height, width].
         timesteps: [batch], whole numbers.
         chain: Constants of the same number of timesteps as the scheduler's.
     """
     guess, position = predicted.chunk(2, dim=1)
-    bound = variational_bound((guess.detach() - noise).square(), position, timesteps, chain)
-    return (guess - noise).square().mean() + bound.mean()
+    bound = variational_bound((guess.detach() - velocity).square(), position, timesteps, chain)
+    return (guess - velocity).square().mean() + bound.mean()
 
 
 def variational_bound(
@@ -66,7 +69,7 @@ def variational_bound(
     pixel values has no meaning for latents, and where samplers add no noise.
 
     Args:
-        squared_error: Of the predicted noise, [batch, channels, height, width].
+        squared_error: Of the predicted velocity, [batch, channels, height, width].
         position: Of the log variance between its limits, shaped alike; -1 is the posterior
             variance, 1 is beta, as in diffusers' `variance_type="learned_range"`.
         timesteps: [batch], whole numbers.
