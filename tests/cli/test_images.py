@@ -18,12 +18,15 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_dit(folder, layers=2, classes=6, pipeline=True)
 
 
-def arguments(root: Path, teacher: Path, *more: str, config: str = "ptq4dit") -> list[str]:
+def arguments(
+    root: Path, teacher: Path, *more: str, config: str = "ptq4dit", steps: int | None = 5
+) -> list[str]:
     return [
         *("fit", "--config", str(CONFIGS / f"{config}.yaml"), *more),
         *("--trainer.default_root_dir", str(root), "--trainer.accelerator", "cpu"),
         *("--wandb", "false", "--media.after_fit", "2", "--media.count", "2"),
-        *("--model.adapter.init_args.folder", str(teacher), "--model.steps", "5"),
+        *("--model.adapter.init_args.folder", str(teacher)),
+        *(() if steps is None else ("--model.steps", str(steps))),
         *("--model.batch_size", "4", "--model.micro_batch", "2"),
         *("--data.timesteps", "3", "--data.samples_per_timestep", "2"),
         *("--data.steps", "5", "--data.held_out_samples", "3"),
@@ -53,6 +56,22 @@ def test_fit_test_and_predict_on_images(
     status, printed = recon(["predict", "--run", str(root)])
     assert status == 0, printed
     assert len(list((root / "predictions").glob("*.png"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "steps"), [("rtn", None), ("smoothquant", None), ("gptq", None), ("adaround", 5)]
+)
+def test_the_baselines_run_on_images(
+    config: str, steps: int | None, recon: Call, teacher: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "run"
+    overlay = ("--config", str(CONFIGS / "models" / "image_teacher.yaml"))
+    status, printed = recon(arguments(root, teacher, *overlay, config=config, steps=steps))
+    assert status == 0, printed
+    summary = json.loads((root / "summary.json").read_text())
+    assert summary["bits"] == {"weight": 4, "activation": 8}
+    assert 0 < summary["error"]["reconstructed"] < 1
+    assert len(list((root / "samples").glob("fit_*.png"))) == 2
 
 
 @pytest.mark.distributed
