@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from recon.engine import attention
 from recon.engine.assembly import layer_groups, linear, nearest_layers
 from recon.engine.unit import Unit
+from recon.layers.quant_attention import QuantAttention
 from recon.layers.quant_linear import QuantLinear
 from recon.layers.tree import replace
 
@@ -54,12 +56,21 @@ def network(module: "Reconstruction", form: Form, device: torch.device) -> nn.Mo
         layers = _nearest(module, whole)
     else:
         return whole
+    attention.put_in(module.adapter, whole, _products(module, form))
     for name, layer in layers.items():
         bias = linear(whole, name).bias
         layer.bias = None if bias is None else bias.detach()
         layer.to(device)
         layer.keep_resident(dtype)
     return replace(whole, layers).eval()
+
+
+def _products(module: "Reconstruction", form: Form) -> dict[str, QuantAttention]:
+    if form == "round_to_nearest":
+        return attention.nearest_attentions(module, module.adapter.block_names)
+    closed = module.units[: module.index]
+    found = {n: part for unit in closed for n, part in module.attentions_of(unit).items()}
+    return {name: part.to(module.run_device) for name, part in found.items()}
 
 
 def _nearest(module: "Reconstruction", whole: nn.Module) -> dict[str, QuantLinear]:

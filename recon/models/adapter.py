@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from recon.errors import CapabilityMissing, ConfigError, WeightsError
+from recon.models.attention import Product
 from recon.models.folder import read_json, require_class, require_folder
 from recon.models.weights import WeightStore
 from recon.types import Sample, State
@@ -80,6 +81,29 @@ class FoldsScales(Protocol):
             CapabilityMissing: A name is not foldable, or a producer cannot take a scale.
             ConfigError: A scale has another shape than the input has channels.
             NumericsError: A scale is not positive and finite.
+        """
+        ...
+
+
+@runtime_checkable
+class ReplacesAttention(Protocol):
+    """softmax(QKᵀ)V of a block can be computed by a module of ours, quantised or watching."""
+
+    def attentions(self, block_name: str) -> tuple[str, ...]:
+        """Names of the block's attention modules relative to it, in call order."""
+        ...
+
+    def replace_attention(self, module: nn.Module, name: str, product: Product | None) -> None:
+        """Lets `product` compute the products of one attention, in place.
+
+        Args:
+            module: A block as `ModelAdapter.block` gives it, or a whole network.
+            name: Of the attention inside `module`.
+            product: Gets query, key and value [batch, heads, tokens, channels] after everything
+                that the family does to them, the query unscaled. None: the family's own kernel.
+
+        Raises:
+            CapabilityMissing: The attention is of a variant this adapter does not know.
         """
         ...
 

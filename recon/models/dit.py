@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from recon.errors import CapabilityMissing, ConfigError, NumericsError
+from recon.layers.quant_attention import QuantAttention
 from recon.layers.tree import shared_copy
 from recon.models.adapter import Device, InputGroup, ModelAdapter
+from recon.models.attention import Product, set_product
 from recon.models.folder import read_json
 from recon.models.folding import scale_norm, scale_rows
 from recon.models.image_pipeline import ImagePipeline, Sampler, check_classes, check_steps
@@ -331,6 +333,18 @@ class DiT(ModelAdapter):
         stream = state["hidden_states"]
         return stream.new_ones(stream.shape[:2], dtype=torch.bool)
 
+    def attentions(self, block_name: str) -> tuple[str, ...]:
+        """The block's one self-attention."""
+        return ("attn1",)
+
+    def replace_attention(self, module: nn.Module, name: str, product: Product | None) -> None:
+        """Lets `product` compute the products of one attention, in place.
+
+        Raises:
+            CapabilityMissing: The attention is of a variant this adapter does not know.
+        """
+        set_product(module.get_submodule(name), product)
+
     # Whole networks
 
     def network(self, device: Device) -> nn.Module:
@@ -413,6 +427,13 @@ class DiT(ModelAdapter):
         inner = cast(int, to_v.out_features)
         for name, scale in scales.items():
             self._check_scale(name, scale, inner if name == "attn1.to_out.0" else width)
+        quantized = any(isinstance(part, QuantAttention) for part in block.modules())
+        if quantized and "attn1.to_out.0" in scales:
+            raise CapabilityMissing(
+                "A scale for attn1.to_out.0 is folded into to_v, but the attention quantises what "
+                "to_v puts out: its range would be another one. Leave this scale to the layer's "
+                "own transform, or set model.quantize_attention: false."
+            )
         for name, scale in scales.items():
             if name not in MODULATED:
                 scale_rows(to_v, scale)

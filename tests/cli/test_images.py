@@ -75,12 +75,16 @@ def test_the_baselines_run_on_images(
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("attention", ["false", "true"])
 @pytest.mark.parametrize("config", ["ptq4dit", "ptq4dit_faithful"])
-def test_two_processes_leave_the_bytes_of_one(config: str, teacher: Path, tmp_path: Path) -> None:
+def test_two_processes_leave_the_bytes_of_one(
+    config: str, attention: str, teacher: Path, tmp_path: Path
+) -> None:
     written = []
     for count in ("1", "2"):
         root = tmp_path / count / "run"
-        fit = [*arguments(root, teacher, config=config), "--media.after_fit", "0"]
+        more = ("--model.quantize_attention", attention, "--media.after_fit", "0")
+        fit = [*arguments(root, teacher, config=config), *more]
         assert finished([*fit, "--trainer.devices", count], root.parent / "log") == 0
         written.append(codes(root))
     assert written[0] == written[1]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from recon.calibration.attention import AttentionColumnSums
 from recon.errors import CapabilityMissing, ConfigError, NumericsError, WeightsError
+from recon.layers.quant_attention import QuantAttention
 from recon.layers.quant_linear import QuantLinear
 from recon.layers.rounding import AdaptiveRounding, NearestRounding
 from recon.layers.tree import replace, shared_copy
@@ -22,6 +23,7 @@ from recon.models.weights import own_memory
 from recon.quantizers.spec import QuantSpec
 from tests.models.tiny import tiny_image_sample, write_tiny_dit
 
+TOKEN = QuantSpec(num_bits=8, strategy="token", dynamic=True)
 VARIANTS: dict[str, dict[str, Any]] = {
     "learned variance": {},
     "noise only": {"learned_variance": False},
@@ -199,6 +201,51 @@ def test_attention_of_a_block_is_one_call_over_all_tokens(tiny: Path) -> None:
         adapter.forward_block(adapter.block("transformer_blocks.0", "cpu"), state)
     # every query of every head gives one in all: 16 queries, 2 heads
     torch.testing.assert_close(sums.sums().sum(dim=1), torch.full((2,), 32.0))
+
+
+@torch.no_grad()
+def test_a_replaced_product_gets_the_kernels_operands_and_none_brings_the_kernel_back(
+    folder: Path,
+) -> None:
+    adapter = DiT(str(folder))
+    name = adapter.block_names[0]
+    block, seen = adapter.block(name, "cpu"), []
+    assert adapter.attentions(name) == ("attn1",)
+    state = adapter.embed(tiny_image_sample(adapter.config, 2), "cpu")
+    expected = adapter.forward_block(block, state)["hidden_states"]
+
+    def product(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        seen.append((query.shape, key.shape, value.shape))
+        return nn.functional.scaled_dot_product_attention(query, key, value)
+
+    adapter.replace_attention(block, "attn1", product)
+    assert torch.equal(adapter.forward_block(block, state)["hidden_states"], expected)
+    assert seen == [((2, 2, 16, 16),) * 3]  # batch, heads, tokens, channels
+    adapter.replace_attention(block, "attn1", lambda query, key, value: 0 * value)
+    assert not torch.equal(adapter.forward_block(block, state)["hidden_states"], expected)
+    adapter.replace_attention(block, "attn1", None)
+    assert torch.equal(adapter.forward_block(block, state)["hidden_states"], expected)
+    assert len(seen) == 1
+
+
+def test_an_attention_with_further_parts_is_refused(tiny: Path) -> None:
+    adapter = DiT(str(tiny))
+    block = adapter.block(adapter.block_names[0], "cpu")
+    block.get_submodule("attn1").norm_q = nn.LayerNorm(16)
+    with pytest.raises(CapabilityMissing, match="attention with norm_q cannot be replaced here"):
+        adapter.replace_attention(block, "attn1", QuantAttention(TOKEN, 8))
+
+
+def test_a_quantised_value_cannot_take_the_scale_of_the_projection(tiny: Path) -> None:
+    adapter = DiT(str(tiny))
+    block = adapter.block(adapter.block_names[0], "cpu")
+    adapter.replace_attention(block, "attn1", QuantAttention(TOKEN, 8))
+    before = {key: tensor.clone() for key, tensor in block.state_dict().items()}
+    scales = {name: torch.full((32,), 2.0) for name in ("attn1.to_q", "attn1.to_out.0")}
+    with pytest.raises(CapabilityMissing, match="the attention quantises what to_v puts out"):
+        adapter.fold(block, scales)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in block.state_dict().items())
+    adapter.fold(block, {"attn1.to_q": scales["attn1.to_q"]})
 
 
 def test_input_groups_name_every_linear_once_and_share_their_input(folder: Path) -> None:
