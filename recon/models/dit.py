@@ -19,7 +19,13 @@ from recon.models.adapter import Device, InputGroup, ModelAdapter
 from recon.models.attention import Product, set_product
 from recon.models.folder import read_json
 from recon.models.folding import scale_norm, scale_rows
-from recon.models.image_pipeline import ImagePipeline, Sampler, check_classes, check_steps
+from recon.models.image_pipeline import (
+    ImagePipeline,
+    Sampler,
+    check_classes,
+    check_steps,
+    checked_vae,
+)
 from recon.models.weights import placed
 from recon.types import Sample, State
 
@@ -193,12 +199,16 @@ class DiT(ModelAdapter):
             for number, name in entries.items()
         }
 
-    def check_steps(self, steps: int) -> None:
-        """Refuse a number of sampling steps that the pipeline's sampler cannot take.
+    def check_sampling(self, steps: int) -> None:
+        """Refuse what `pipeline` would stumble over: steps that the sampler cannot take, the VAE.
+
+        Of the VAE's weights the headers are read.
 
         Raises:
-            ConfigError: As said; or the scheduler's description is missing.
+            ConfigError: The number of steps; or a description is missing or of another class.
+            WeightsError: The VAE's weights are missing or damaged.
         """
+        checked_vae(self.folder, self.vae)
         file = self.folder / "scheduler" / "scheduler_config.json"
         known = read_json(file, type(self).__name__).get("num_train_timesteps", 1000)
         check_steps(steps, self.sampler, known)

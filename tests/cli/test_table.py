@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -12,7 +13,7 @@ from recon.errors import ReconError
 from tests.cli.command import CONFIGS
 
 
-def pretend(calls: list[list[str]], fail: str = "") -> object:
+def pretend(calls: list[list[str]], fail: str = "") -> Callable[[list[str], Path], None]:
     """In place of a process: writes what the real one would, and a result that tells the row."""
     busy: dict[str, Lock] = {}
 

@@ -1,4 +1,6 @@
 import json
+import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -6,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import recon
@@ -250,6 +253,67 @@ def test_attention_is_quantised_where_the_family_lets_it_be(teacher: Path, tmp_p
         method(teacher, quantize_attention=True, softmax_bits=9).check()
     with pytest.raises(ConfigError, match=r"model\.activation is null"):
         method(teacher, quantize_attention=True, activation=None).check()
+
+
+def edited(source: Path, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """A copy of a teacher with other weights."""
+    shutil.copytree(source, folder)
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+def kill_channels(tensors: dict[str, Tensor]) -> None:
+    """In the first block a dead input channel, a dead weight column, and an attention of zeros."""
+    block, width = "transformer_blocks.0", 32
+    for leaf, scale in (("weight", 0.0), ("bias", -1.0)):  # (1 + scale) LN(z) + shift = 0
+        tensors[f"{block}.norm1.linear.{leaf}"][3] = 0
+        tensors[f"{block}.norm1.linear.{leaf}"][width + 3] = scale
+        tensors[f"{block}.attn1.to_v.{leaf}"].zero_()
+    tensors[f"{block}.ff.net.0.proj.weight"][:, 5] = 0
+
+
+@pytest.mark.parametrize("activation", [STATIC, None], ids=["fixed ranges", "per token"])
+def test_dead_channels_and_ranges_of_nothing_give_finite_numbers(
+    activation: QuantSpec | None, teacher: Path, samples: Path, tmp_path: Path
+) -> None:
+    dead = edited(teacher, tmp_path / "teacher", kill_channels)
+    given = {} if activation is None else {"activation": activation}
+
+    def look(module: LightningModule) -> None:
+        assert isinstance(module, PTQ4DiT)
+        assert module.opened is not None
+        record = module.opened.record.absmax
+        assert float(record["transformer_blocks.0.attn1.to_q"][3]) == 0
+        assert float(record["transformer_blocks.0.attn1.to_out.0"].max()) == 0
+
+    looked, module = First(look), method(dead, quantize_attention=True, **given)
+    fit(tmp_path / "run", module, samples, looked)
+    assert looked.seen
+    assert 0 < module.final_error["reconstructed"] < 1
+    saved = load_file(tmp_path / "run" / "quantized" / "quantized.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in saved.values())
+    assert all(float(t.min()) > 0 for name, t in saved.items() if name.endswith(("scale", "step")))
+
+
+def equalise(tensors: dict[str, Tensor]) -> None:
+    """Every channel of the balanced linears gets the same largest weight."""
+    names = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj")
+    for key, tensor in tensors.items():
+        if key.endswith(tuple(f"{name}.weight" for name in names)):
+            tensor.copy_(0.1 * tensor.sign())
+
+
+def test_a_constant_salience_has_no_rank_and_ssc_is_then_the_mean(
+    teacher: Path, samples: Path, tmp_path: Path
+) -> None:
+    even = edited(teacher, tmp_path / "teacher", equalise)
+    for salience in ("ssc", "mean", "max"):
+        fit(tmp_path / salience, method(even, salience=salience), samples)
+    assert quantized_bytes(tmp_path / "ssc") == quantized_bytes(tmp_path / "mean")
+    assert quantized_bytes(tmp_path / "ssc") != quantized_bytes(tmp_path / "max")
 
 
 def test_one_sample_per_timestep_makes_no_difference_to_ssc_and_a_repeated_one_does(

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from recon.calibration.attention import AttentionColumnSums
 from recon.errors import CapabilityMissing, ConfigError, NumericsError, WeightsError
-from recon.layers.quant_attention import QuantAttention
+from recon.layers.quant_attention import OPERANDS, QuantAttention
 from recon.layers.quant_linear import QuantLinear
 from recon.layers.rounding import AdaptiveRounding, NearestRounding
+from recon.layers.static_range import StaticRange
 from recon.layers.tree import replace, shared_copy
 from recon.models.adapter import ExposesAttention, FoldsScales, missing_attributes
 from recon.models.dit import MODULATED, DiT
@@ -286,8 +287,22 @@ def test_a_block_equals_the_block_of_from_pretrained(folder: Path) -> None:
         assert not any(p.requires_grad for p in block.parameters())
 
 
+def fixed_products() -> QuantAttention:
+    spec = QuantSpec(num_bits=8, strategy="tensor", symmetric=False)
+    made = QuantAttention(spec, 8)
+    for operand in OPERANDS:
+        low = 0.0 if operand == "probability" else -1.0
+        made.ranges[operand] = StaticRange(low, 1.0, made.spec(operand), "log")
+    return made
+
+
 @pytest.mark.slow
-def test_a_block_may_be_compiled_once_for_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "products",
+    [lambda: None, lambda: QuantAttention(TOKEN, 8), fixed_products],
+    ids=["kernel", "per token", "fixed"],
+)
+def test_a_block_may_be_compiled_once_for_all(products: Any, tmp_path: Path) -> None:
     folder = write_tiny_dit(tmp_path, equal_embedders=False, layers=3)
     adapter = DiT(str(folder))
     state = adapter.embed(tiny_image_sample(adapter.config, 2), "cpu")
@@ -301,6 +316,7 @@ def test_a_block_may_be_compiled_once_for_all(tmp_path: Path) -> None:
     with torch.no_grad():
         for name in adapter.block_names:
             block = adapter.block(name, "cpu")
+            adapter.replace_attention(block, "attn1", products())
             expected = adapter.forward_block(block, state)["hidden_states"]
             torch.testing.assert_close(compiled(block, state)["hidden_states"], expected)
     assert len(graphs) == 1
