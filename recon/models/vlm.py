@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from recon.errors import CapabilityMissing, ConfigError
 from recon.models.adapter import Device, InputGroup
+from recon.models.answering import AnsweringPipeline
 from recon.models.transformers_network import TransformersNetwork
 from recon.models.vlm_parts import layer_groups, vision_layers
 from recon.types import Sample, State
@@ -262,6 +263,16 @@ class VisionLanguageAdapter(TransformersNetwork):
         """What the public class is called with for a sample; the labels are not."""
         names = ("input_ids", *(name for name in self.picture_inputs if name in sample))
         return {name: sample[name].to(device) for name in names}
+
+    def pipeline(self, device: Device, network: nn.Module | None = None) -> AnsweringPipeline:
+        """Answers of a network.
+
+        Args:
+            device: Where to answer.
+            network: Of the public class, quantised or not; the full-precision one if None.
+        """
+        asked = self.network(device) if network is None else network
+        return AnsweringPipeline(asked, self.call_arguments, self.folder, device)
 
     # Inner parts
 
