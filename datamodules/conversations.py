@@ -75,7 +75,9 @@ def write_conversations(
     started = time.monotonic()
     if rule is None:
         scores = torch.zeros(0, dtype=torch.float64)
-        chosen = [(i, None, "Given: as the seed drew it.") for i in range(count)]
+        chosen: list[tuple[int, float | None, str]] = [
+            (i, None, "Given: as the seed drew it.") for i in range(count)
+        ]
     else:
         scores, sketches = _scored(chat, pool, rule, device)
         both = torch.stack([torch.zeros_like(scores), scores], dim=1)[:, None]

@@ -93,7 +93,7 @@ class Columns:
 
 def world_examples(split: Split, count: int, seed: int) -> Iterator[Example]:
     """Questions of the embedded world, kinds in turn, half of them with choices."""
-    from recon.zoo.vlm_questions import records
+    from recon.zoo.vlm_questions import records  # type: ignore[import-not-found,unused-ignore]
 
     return (
         Example(
@@ -211,16 +211,16 @@ def _opened(path: str, split: str, key: str) -> Any:
 
 
 def _example(row: Mapping[str, Any], columns: Columns, place: str) -> Example:
-    pictures = _pictures(row[columns.image] if columns.image else None, place)
-    kind = str(row[columns.kind]) if columns.kind else "all"
-    if columns.conversation:
-        turns = _turns(row[columns.conversation], place)
+    held = {field: row[column] for field, column in columns.named().items()}
+    pictures = _pictures(held.get("image"), place)
+    kind = str(held.get("kind", "all"))
+    if "conversation" in held:
+        turns = _turns(held["conversation"], place)
         return Example(turns[:-1], turns[-1][1], pictures, kind)
-    choices = tuple(map(str, row[columns.choices] or ())) if columns.choices else ()
-    hint = str(row[columns.hint] or "").strip() if columns.hint else ""
-    lines = [hint, str(row[columns.question]).strip()]
+    choices = tuple(map(str, held.get("choices") or ()))
+    lines = [str(held.get("hint") or "").strip(), str(held["question"]).strip()]
     lines += [f"{ascii_uppercase[i]}. {choice}" for i, choice in enumerate(choices)]
-    answer = _answer(row[columns.answer], choices, place)
+    answer = _answer(held["answer"], choices, place)
     text = "\n".join(line for line in lines if line)
     return Example((("user", text),), answer, pictures, kind, choices or None)
 

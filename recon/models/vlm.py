@@ -68,8 +68,9 @@ class VisionLanguageAdapter(TransformersNetwork):
         """As for every adapter; and the configuration must describe a vision tower.
 
         Raises:
-            ConfigError: As said; or max_tokens is longer than the context.
-            CapabilityMissing: The network lacks a part; names what was looked for.
+            ConfigError: As said.
+            CapabilityMissing: The network lacks a part, named with what was looked for; or its
+                layers attend in different ways.
         """
         super().check_description()
         if not self.config.get("vision_config"):
@@ -79,6 +80,14 @@ class VisionLanguageAdapter(TransformersNetwork):
                 "config.json saved with the weights."
             )
         _ = self._parts
+        kinds = sorted(set(getattr(self._text_settings, "layer_types", None) or ()))
+        if len(kinds) > 1:
+            raise CapabilityMissing(
+                f"The decoder layers in {self.network_folder / 'config.json'} are of the kinds "
+                f"{kinds}, each with a mask of its own; a state carries one mask. Set layer_types "
+                "of its text_config to one kind (use_sliding_window: false), or write an adapter "
+                "that carries both."
+            )
 
     # Names and shapes, without memory
 

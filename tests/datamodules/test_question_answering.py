@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed, multiprocessing
 
 from recon.calibration.artefact import CalibrationSet
 from recon.calibration.selection import SalientSelection, gram_norm
@@ -317,6 +318,34 @@ def test_refuses_datasets_without_what_is_mapped(tmp_path: Path) -> None:
         next(dataset_examples(str(tmp_path / "no"), "train", SCIENCE, None, "dataset"))
     with pytest.raises(ConfigError, match="neither a conversation nor both question and answer"):
         Columns(question=None)
+
+
+def _rank(rank: int, world: int, store: str, root: str, teacher: str, rows: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world
+    )
+    salient(rows).calibrate(Llava(teacher), Path(root), torch.device("cpu"))
+    distributed.destroy_process_group()
+
+
+def salient(rows: str) -> QuestionAnswering:
+    sds = SalientSelection(diversity="farthest_point")
+    return data(dataset=rows, columns=SCIENCE, select="salient", num_samples=3, pool=7, sds=sds)
+
+
+@pytest.mark.distributed
+def test_two_ranks_choose_and_write_what_one_does(teacher: Path, tmp_path: Path) -> None:
+    rows = str(science(tmp_path / "science"))
+    alone = salient(rows).calibrate(Llava(str(teacher)), tmp_path / "one", torch.device("cpu"))
+    given = (2, str(tmp_path / "store"), str(tmp_path / "two"), str(teacher), rows)
+    multiprocessing.spawn(_rank, given, nprocs=2)  # type: ignore[attr-defined]
+    together = CalibrationSet.load(tmp_path / "two" / "calibration")
+    assert together.details["scores"] == alone.details["scores"]
+    assert together.fingerprint == alone.fingerprint
+    for one, other in zip(alone.samples, together.samples, strict=True):
+        assert set(one) == set(other)
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_colours_are_words_of_the_tokenizer(teacher: Path) -> None:

@@ -9,8 +9,9 @@ from recon.datamodules.questions import Example
 from tests.models.tiny_vlm import IMAGE, write_tiny_vlm
 
 COLOURS = ("red", "green", "blue", "white")
-WORDS = ("<pad>", "<s>", "</s>", "<unk>", "USER:", "ASSISTANT:", "what", "colour", "is", "it", "?")
-WORDS += ("which", "word", "follows", "A.", "B.", "A", "B", "hint", *COLOURS)
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "USER:", "ASSISTANT:")
+ASKED = ("what", "colour", "is", "it", "?", "which", "word", "follows", "A.", "B.", "A", "B")
+WORDS = (*SPECIAL, *ASKED, "hint", *COLOURS)
 TEMPLATE = (
     "{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}"
     "{% for c in m['content'] %}{{ '<image> ' if c['type'] == 'image' else c['text'] + ' ' }}"

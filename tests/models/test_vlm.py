@@ -261,6 +261,16 @@ def test_refuses_a_folder_that_is_not_there_with_the_download() -> None:
         Llava("checkpoints/llava").check()
 
 
+def test_refuses_layers_with_masks_of_their_own(tmp_path: Path) -> None:
+    folder = write_tiny_vlm(tmp_path / "one", "qwen2_vl")
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    text |= {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}
+    mixed = changed(folder, tmp_path / "mixed", text_config=text | {"use_sliding_window": True})
+    kinds = r"\['full_attention', 'sliding_attention'\], each with a mask of its own"
+    with pytest.raises(CapabilityMissing, match=kinds):
+        adapter_of("qwen2_vl", mixed).check()
+
+
 def test_a_network_without_a_part_is_refused_by_what_was_looked_for(llava: Path) -> None:
     network = Llava(str(llava)).empty_network()
     network.get_submodule("model").eyes = network.get_submodule("model.vision_tower")
