@@ -145,7 +145,8 @@ class PairedMetrics(Evaluating):
 
     def look(self, trainer: Trainer, outputs: Any, verb: str) -> None:
         """Measures the batch; the samples are not kept."""
-        if isinstance(outputs, Mapping) and "quantized" in outputs:
+        # Answers, a list, are another callback's.
+        if isinstance(outputs, Mapping) and isinstance(outputs.get("quantized"), Tensor):
             self._rows += self.measure(outputs)
 
     def measure(self, outputs: Mapping[str, Any]) -> list[Row]:
@@ -203,26 +204,56 @@ class PairedMetrics(Evaluating):
         if not rows:
             return
         result = summarise(rows)
-        source = getattr(trainer, "datamodule", None)
-        given: dict[str, Any] = getattr(source, "evaluation_settings", dict)()
-        result["settings"] = {
+        settings = {"lpips": self._lpips or "available"}
+        report(trainer, module, verb, result, rows, settings, DEFINITIONS, show=self.show)
+
+
+def report(
+    trainer: Trainer,
+    module: LightningModule,
+    verb: str,
+    result: dict[str, Any],
+    rows: Sequence[Row],
+    settings: Mapping[str, Any],
+    definitions: Mapping[str, str],
+    *,
+    show: bool,
+) -> None:
+    """Logs the means and writes them with the rows to `<run folder>/<verb>.json`.
+
+    Args:
+        trainer: Its data module says what the numbers depend on.
+        module: Logs; its class is the method.
+        verb: `test` or `validate`.
+        result: Means by model and by pair.
+        rows: Of all ranks, in order.
+        settings: Further ones.
+        definitions: What each number means; those of the result are written.
+        show: Print the table.
+    """
+    source = getattr(trainer, "datamodule", None)
+    given: dict[str, Any] = getattr(source, "evaluation_settings", dict)()
+    content = {
+        **result,
+        "settings": {
             **given,
             "method": type(module).__name__,
-            "lpips": self._lpips or "available",
-            "definitions": _definitions(result),
-        }
-        result["samples"] = rows
-        module.log_dict(
-            {f"{verb}/{name}": value for name, value in _scalars(result).items()},
-            rank_zero_only=False,
-            sync_dist=False,  # every rank holds all rows
-        )
-        if trainer.is_global_zero:
-            root = Path(trainer.default_root_dir)
-            root.mkdir(parents=True, exist_ok=True)
-            write_json(root / f"{verb}.json", result)
-            if self.show:
-                show_table(result, verb)
+            **settings,
+            "definitions": _definitions(result, definitions),
+        },
+        "samples": rows,
+    }
+    module.log_dict(
+        {f"{verb}/{name}": value for name, value in _scalars(result).items()},
+        rank_zero_only=False,
+        sync_dist=False,  # every rank holds all rows
+    )
+    if trainer.is_global_zero:
+        root = Path(trainer.default_root_dir)
+        root.mkdir(parents=True, exist_ok=True)
+        write_json(root / f"{verb}.json", content)
+        if show:
+            show_table(result, verb)
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
@@ -277,7 +308,7 @@ def show_table(result: Mapping[str, Any], title: str) -> None:
     columns = [{**result[name], **result.get(_pair(name), {})} for name in models]
     names = dict.fromkeys(name for column in columns for name in column)
     for name in names:
-        if name not in ("count", "psnr_interval"):
+        if name != "count" and not name.endswith("_interval"):
             table.add_row(name, *(_cell(name, column) for column in columns))
     Console().print(table)
 
@@ -303,10 +334,10 @@ def _scalars(result: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
-def _definitions(result: Mapping[str, Any]) -> dict[str, str]:
+def _definitions(result: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, str]:
     """What the numbers of `result` mean."""
     named = {name for part in result.values() if isinstance(part, Mapping) for name in part}
-    return {name: text for name, text in DEFINITIONS.items() if name in named}
+    return {name: text for name, text in known.items() if name in named}
 
 
 def _pair(model: str) -> str:

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from recon.callbacks.answers import AnswerMetrics
 from recon.callbacks.checkpoints import StepCheckpoint, UnitCheckpoint
 from recon.callbacks.evaluation import PairedMetrics
 from recon.callbacks.progress import UnitProgress
@@ -65,6 +66,7 @@ class ReconCLI(LightningCLI):
         parser.add_lightning_class_args(StepCheckpoint, "step_checkpoint")
         parser.add_lightning_class_args(UnitProgress, "progress")
         parser.add_lightning_class_args(PairedMetrics, "metrics")
+        parser.add_lightning_class_args(AnswerMetrics, "answers")
         parser.add_lightning_class_args(MediaLogger, "media")
         parser.add_lightning_class_args(SampleWriter, "writer")
         parser.add_argument("--wandb", type=bool, default=True, help="Track the run in W&B.")

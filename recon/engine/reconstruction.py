@@ -326,7 +326,7 @@ class Reconstruction(LightningModule):
             self._rows = stage_data.timestep_rows(chosen.samples)
         elif self.wants_rows == "sample":
             self._rows = list(range(self.sample_count))
-        rows = chosen.samples[0]["timestep"].shape[0]
+        rows = data.sample_counts[2]
         size = self.adapter.stream_bytes(rows, self.run_device)
         needed = needed_bytes(size, self.sample_count, len(chosen.held_out))
         mark = resume.digest(self.fingerprint)

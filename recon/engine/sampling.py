@@ -1,4 +1,4 @@
-"""Videos (or images) of the teacher and of its quantised forms, for the same seeds."""
+"""What the teacher and its quantised forms make of the same batch: videos, images or answers."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
@@ -8,6 +8,7 @@ from torch import nn
 
 from recon.engine import attention
 from recon.engine.assembly import layer_groups, linear, nearest_layers
+from recon.engine.data import CalibrationData
 from recon.engine.unit import Unit
 from recon.layers.quant_attention import QuantAttention
 from recon.layers.quant_linear import QuantLinear
@@ -23,22 +24,20 @@ Form = Literal["full_precision", "round_to_nearest", "quantized"]
 def sample(
     module: "Reconstruction", batch: dict[str, Any], forms: Iterable[Form]
 ) -> dict[str, Any]:
-    """Samples of each form for the batch's prompts and seeds.
+    """Outputs of each form for the batch.
 
     Returns:
-        The batch's `prompt` and `seed`, and for every form a float tensor [prompts, frames, 3,
-        height, width] in [0, 1] on the CPU.
+        The batch, and under every form's name what `CalibrationData.outputs` makes with it.
     """
-    data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
-    settings = {"steps": data.steps, "guidance": data.guidance}
-    result: dict[str, Any] = {"prompt": batch["prompt"], "seed": batch["seed"]}
+    data: CalibrationData = module.trainer.datamodule  # type: ignore[attr-defined]
+    result: dict[str, Any] = dict(batch)
     for form in forms:
         pipeline = module.pipelines.get(form)
         if pipeline is None:
             device = module.trainer.strategy.root_device
             pipeline = module.adapter.pipeline(device, network(module, form, device))
             module.pipelines[form] = pipeline
-        result[form] = pipeline.generate(list(batch["prompt"]), list(batch["seed"]), **settings)
+        result[form] = data.outputs(pipeline, batch)
     return result
 
 
