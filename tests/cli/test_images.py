@@ -5,7 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
+from recon.callbacks.samples import write_picture
+from recon.models.image_pipeline import ImagePipeline
 from tests.cli.command import CONFIGS, codes, finished
 from tests.models.tiny import write_tiny_dit
 
@@ -49,10 +53,64 @@ def test_fit_test_and_predict_on_images(
     assert result["paired"]["count"] == 4
     assert "temporal_consistency" not in result["paired"]
     assert len(result["samples"]) == 4
-    assert len(list((root / "samples").glob("test_*.png"))) == 2
+    assert len(list((root / "samples").glob("test_*_*.png"))) == 2
+    assert (root / "samples" / "test_classes.png").is_file()
+    assert result["settings"]["distribution"].startswith("not computed: metrics.distribution.ref")
     status, printed = recon(["predict", "--run", str(root)])
     assert status == 0, printed
     assert len(list((root / "predictions").glob("*.png"))) == 4
+
+
+@pytest.mark.slow
+def test_evaluation_samples_and_compares_as_configured(
+    recon: Call, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "run"
+    quick = ("--model.balance", "none", "--model.reconstruct", "false", "--media.after_fit", "0")
+    status, printed = recon([*arguments(root, teacher), *quick])
+    assert status == 0, printed
+    for index in range(9):
+        picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(index))
+        write_picture(tmp_path / "reference" / f"{index}.png", picture)
+    extractor = "tests.callbacks.colours.Colours"
+    generate, seen = ImagePipeline.generate, list[tuple[str, int, int]]()
+
+    def recorded(
+        pipeline: ImagePipeline, labels: list[str], seeds: list[int], steps: int, guidance: float
+    ) -> Tensor:
+        rows: list[int] = []
+        visit = lambda step, sample: rows.append(len(sample["class_labels"]))  # noqa: E731
+        images = generate(pipeline, labels, seeds, steps, guidance, visit=visit)
+        seen.append((pipeline.sampler, len(rows) // len(labels), rows[0]))
+        return images
+
+    monkeypatch.setattr(ImagePipeline, "generate", recorded)
+    means = set()
+    for sampler, steps, guidance in (("ddim", 50, 4.0), ("ddpm", 100, 4.0), ("ddpm", 250, 1.0)):
+        seen.clear()
+        branches = "both" if guidance > 1 else "conditional"
+        status, printed = recon(
+            [
+                *("test", "--run", str(root), "--data.steps", str(steps)),
+                *("--data.guidance", str(guidance), "--data.branches", branches),
+                *("--model.init_args.adapter.init_args.sampler", sampler),
+                *("--data.num_test_images", "2", "--metrics.distribution.extractor", extractor),
+                *("--metrics.distribution.reference", str(tmp_path / "reference")),
+                *("--metrics.distribution.kid_subset_size", "2"),
+            ]
+        )
+        assert status == 0, printed
+        # A row of the class and, with guidance, one of the null class; for each of three forms.
+        assert seen == [(sampler, steps, 2 if guidance > 1 else 1)] * 3
+        result = json.loads((root / "test.json").read_text())
+        settings = result["settings"]
+        assert [settings[k] for k in ("sampler", "steps", "guidance")] == [sampler, steps, guidance]
+        assert settings["distribution"]["extractor"] == extractor
+        assert set(settings["distribution"]["left_out"]) == {"fid", "precision", "recall"}
+        means.add(result["full_precision"]["kid"])
+    assert len(means) == 3  # other samples each time
+    status, printed = recon(["compare", str(root)])
+    assert f"{result['quantized']['kid']:.4f}" in printed
 
 
 @pytest.mark.distributed
@@ -92,6 +150,7 @@ def test_the_configuration_of_the_real_model_needs_its_folder_and_takes_one_of_i
         ("--data.steps", "7", "steps is 7, which does not divide 1000"),
         ("--model.micro_batch", "3", "4 does not divide into micro-batches of 3"),
         ("--model.grid", "1", "model.grid must be at least 2, got 1"),
+        ("--metrics.distribution.drawn", "0", "drawn must be at least 2, got 0"),
         ("--data.timesteps", "1", "timesteps must be at least 2, got 1"),
     ],
 )
