@@ -12,8 +12,10 @@ from torch import Tensor
 
 from recon.calibration import ranks
 from recon.callbacks.evaluating import Evaluating
-from recon.callbacks.evaluation import MODELS, Row, bootstrap_interval, gather_rows, report
+from recon.callbacks.evaluation_result import MODELS, Row, report
+from recon.callbacks.gathering import gather_rows
 from recon.callbacks.parsing import correct, parse_answer
+from recon.callbacks.quality import bootstrap_interval
 from recon.errors import NumericsError
 
 DEFINITIONS = {

@@ -2,7 +2,7 @@
 
 import random
 from dataclasses import replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from recon.calibration.selection import SalientSelection, pool_size
 from recon.datamodules.candidates import Branches
@@ -155,6 +155,13 @@ class ImageCalibration(SampledCalibration):
             (names[i % len(names)], noise_seed("evaluation", self.test_seed, i))
             for i in range(self.num_test_images)
         ]
+
+    def evaluation_settings(self) -> dict[str, Any]:
+        """As the base; and how the adapter samples."""
+        assert self.trainer is not None
+        adapter = cast(DiT, self.trainer.lightning_module.adapter)
+        how = {"sampler": adapter.sampler, "guided_channels": adapter.guided_channels}
+        return {**super().evaluation_settings(), **how}
 
     def settings(self) -> dict[str, str | int | float | None]:
         """Numbers of trajectories, and how samples are spread."""

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from recon.callbacks.answers import AnswerMetrics
 from recon.callbacks.checkpoints import StepCheckpoint, UnitCheckpoint
+from recon.callbacks.class_grid import ClassGrid
 from recon.callbacks.evaluation import PairedMetrics
 from recon.callbacks.progress import UnitProgress
 from recon.callbacks.samples import MediaLogger, SampleWriter
@@ -68,6 +69,7 @@ class ReconCLI(LightningCLI):
         parser.add_lightning_class_args(PairedMetrics, "metrics")
         parser.add_lightning_class_args(AnswerMetrics, "answers")
         parser.add_lightning_class_args(MediaLogger, "media")
+        parser.add_lightning_class_args(ClassGrid, "class_grid")
         parser.add_lightning_class_args(SampleWriter, "writer")
         parser.add_argument("--wandb", type=bool, default=True, help="Track the run in W&B.")
         parser.add_argument("--wandb_project", type=str, default="recon", help="W&B project.")

@@ -38,6 +38,7 @@ KEYS: list[tuple[str, str, str, str]] = [
     ("ptq4dit", "--data.num_trajectories", "1", "1 of 5 steps give only 5 candidates"),
     ("ptq4dit", "--data.held_out_samples", "99", "held_out_samples is 99, but 8"),
     ("ptq4dit", "--data.guidance", "1", "guidance 1.0 runs no unconditional branch"),
+    ("ptq4dit", "--metrics.distribution.drawn", "0", "drawn must be at least 2, got 0"),
     ("ptq4dit", "--trainer.max_epochs", "3", "trainer.max_epochs is 3"),
     ("ptq4dit", "--trainer.strategy", "ddp", "DDPStrategy fixes that set"),
     ("ptq4dit", "--trainer.devices", "8", "batch_size 4 does not divide among 8 processes"),

@@ -5,7 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
+from recon.callbacks.samples import write_picture
+from recon.models.image_pipeline import ImagePipeline
 from tests.cli.command import CONFIGS, codes, finished, image_arguments
 
 Call = Callable[[list[str]], tuple[int, str]]
@@ -29,7 +33,9 @@ def test_fit_test_and_predict_on_images(
     assert result["paired"]["count"] == 4
     assert "temporal_consistency" not in result["paired"]
     assert len(result["samples"]) == 4
-    assert len(list((root / "samples").glob("test_*.png"))) == 2
+    assert len(list((root / "samples").glob("test_*_*.png"))) == 2
+    assert (root / "samples" / "test_classes.png").is_file()
+    assert result["settings"]["distribution"].startswith("not computed: metrics.distribution.ref")
     status, printed = recon(["predict", "--run", str(root)])
     assert status == 0, printed
     assert len(list((root / "predictions").glob("*.png"))) == 4
@@ -49,6 +55,58 @@ def test_the_baselines_run_on_images(
     assert summary["bits"] == {"weight": 4, "activation": 8}
     assert 0 < summary["error"]["reconstructed"] < 1
     assert len(list((root / "samples").glob("fit_*.png"))) == 2
+
+
+@pytest.mark.slow
+def test_evaluation_samples_and_compares_as_configured(
+    recon: Call, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "run"
+    quick = ("--model.balance", "none", "--model.reconstruct", "false", "--media.after_fit", "0")
+    status, printed = recon([*image_arguments(root, images), *quick])
+    assert status == 0, printed
+    for index in range(9):
+        picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(index))
+        write_picture(tmp_path / "reference" / f"{index}.png", picture)
+    extractor = "tests.callbacks.colours.Colours"
+    generate, seen = ImagePipeline.generate, list[tuple[str, int, int]]()
+
+    def recorded(
+        pipeline: ImagePipeline, labels: list[str], seeds: list[int], steps: int, guidance: float
+    ) -> Tensor:
+        rows: list[int] = []
+        visit = lambda step, sample: rows.append(len(sample["class_labels"]))  # noqa: E731
+        made = generate(pipeline, labels, seeds, steps, guidance, visit=visit)
+        seen.append((pipeline.sampler, len(rows) // len(labels), rows[0]))
+        return made
+
+    monkeypatch.setattr(ImagePipeline, "generate", recorded)
+    means = set()
+    for sampler, steps, guidance in (("ddim", 50, 4.0), ("ddpm", 100, 4.0), ("ddpm", 250, 1.0)):
+        seen.clear()
+        branches = "both" if guidance > 1 else "conditional"
+        status, printed = recon(
+            [
+                *("test", "--run", str(root), "--data.steps", str(steps)),
+                *("--data.guidance", str(guidance), "--data.branches", branches),
+                *("--model.init_args.adapter.init_args.sampler", sampler),
+                *("--data.num_test_images", "2", "--metrics.distribution.extractor", extractor),
+                *("--metrics.distribution.reference", str(tmp_path / "reference")),
+                *("--metrics.distribution.kid_subset_size", "2"),
+            ]
+        )
+        assert status == 0, printed
+        # A row of the class and, with guidance, one of the null class; for each of three forms.
+        assert seen == [(sampler, steps, 2 if guidance > 1 else 1)] * 3
+        result = json.loads((root / "test.json").read_text())
+        settings = result["settings"]
+        assert [settings[k] for k in ("sampler", "steps", "guidance")] == [sampler, steps, guidance]
+        assert settings["distribution"]["extractor"] == extractor
+        assert set(settings["distribution"]["left_out"]) == {"fid", "precision", "recall"}
+        means.add(result["full_precision"]["kid"])
+    assert len(means) == 3  # other samples each time
+    status, printed = recon(["compare", str(root)])
+    assert f"{result['quantized']['kid']:.4f}" in printed
 
 
 @pytest.mark.distributed
