@@ -30,6 +30,7 @@ NO_STD = ("--model.std.lambda_min", "1.0")
 NO_BALANCE = ("--model.balance", "none")
 NO_RECONSTRUCTION = ("--model.reconstruct", "false")
 ON_IMAGES = "models/image_teacher"
+AS_LONG_AS_PTQ4DIT = ("--model.steps", "300", "--model.lr", "4e-2")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ TEACHERS: dict[str, Teacher] = {
         {
             "smoothquant": (("smoothquant", ON_IMAGES), ()),
             "gptq": (("gptq", ON_IMAGES), ()),
-            "adaround": (("adaround", ON_IMAGES), ()),
+            "adaround": (("adaround", ON_IMAGES), AS_LONG_AS_PTQ4DIT),
             "ptq4dit": (("ptq4dit",), ()),
             "ptq4dit_faithful": (("ptq4dit_faithful",), ()),
             "ptq4dit_reconstruction": (("ptq4dit",), NO_BALANCE),
