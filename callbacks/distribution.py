@@ -106,6 +106,7 @@ class Comparison:
         self.settings, self.device = settings, device
         self.network = network.to(device).eval()
         self._generated: dict[str, list[Tensor]] = {}
+        self._shape = torch.Size()
         found = []
         for batch in pictures:
             self._shape = batch.shape[1:]
@@ -222,11 +223,11 @@ class Comparison:
         if "precision" not in left_out:
             count = min(len(generated), len(self.reference))
             generator = torch.Generator().manual_seed(settings.seed)
-            pair = [
+            some, others = (
                 points[torch.randperm(len(points), generator=generator)[:count]]
                 for points in (generated, self.reference)
-            ]
-            both = precision_and_recall(*pair, settings.neighbours)
+            )
+            both = precision_and_recall(some, others, settings.neighbours)
             numbers["precision"], numbers["recall"] = both
         return numbers | dict.fromkeys(left_out)
 

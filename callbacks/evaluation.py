@@ -89,8 +89,9 @@ class PairedMetrics(Evaluating):
         self._rows = []
         if self.distribution is not None and not trainer.sanity_checking:
             source = getattr(trainer, "datamodule", None)
-            requests = getattr(source, "evaluation_requests", list)()
-            prompts = [prompt for prompt, _ in requests]
+            requests: Callable[[], list[tuple[str, int]]]
+            requests = getattr(source, "evaluation_requests", list)
+            prompts = [prompt for prompt, _ in requests()]
             self._comparison = start(self.distribution, prompts, trainer.strategy.root_device)
 
     def look(self, trainer: Trainer, outputs: Any, verb: str) -> None:
