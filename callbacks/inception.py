@@ -1,6 +1,7 @@
 """The network whose features FID, KID, precision and recall are published with."""
 
 import importlib.util
+import pickle
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ class Inception(nn.Module):
             is downloaded.
 
     Raises:
-        ConfigError: torch-fidelity or the weights are not there.
+        ConfigError: torch-fidelity or the weights are not there, or they are damaged.
     """
 
     num_features = 2048
@@ -47,7 +48,12 @@ class Inception(nn.Module):
                 "Install and download both, pass another path as `weights`, or name an extractor "
                 "of your own in metrics.distribution.extractor."
             )
-        torch.load(file, weights_only=True)  # below, a file that holds more would be executed
+        try:
+            torch.load(file, weights_only=True)  # below, a file that holds more would be executed
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ConfigError(
+                f"{file} is damaged, or holds more than tensors. Download it again."
+            ) from error
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(file))

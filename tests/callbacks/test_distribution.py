@@ -270,6 +270,8 @@ def test_without_reference_or_inception_the_reason_is_given(
     os.makedirs(tmp_path / "checkpoints")
     (tmp_path / "checkpoints" / WEIGHTS).touch()
     assert inception_unavailable() is None
+    with pytest.raises(ConfigError, match=f"{WEIGHTS} is damaged, or holds more than tensors"):
+        Inception()
 
 
 # Through a trainer
