@@ -172,6 +172,8 @@ class SampleWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write the batch's quantised samples, each with its prompt in the index."""
+        if not isinstance(outputs["quantized"], Tensor):  # answers are another callback's
+            return
         folder = Path(trainer.default_root_dir) / "predictions"
         lines = []
         for prompt, seed, sample in zip(
@@ -234,6 +236,8 @@ class MediaLogger(Evaluating):
     def keep(self, trainer: Trainer, outputs: Any, verb: str, most: int) -> int:
         """Write and log up to `most` samples of one step's outputs; returns how many."""
         if not isinstance(outputs, Mapping) or not trainer.is_global_zero:
+            return 0
+        if not isinstance(outputs["quantized"], Tensor):  # answers are no pictures
             return 0
         models = [name for name in LABELS if name in outputs]
         paths, captions = [], []

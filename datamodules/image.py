@@ -2,9 +2,9 @@
 
 import random
 from dataclasses import replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
-from recon.calibration.selection import SalientSelection
+from recon.calibration.selection import SalientSelection, pool_size
 from recon.datamodules.candidates import Branches
 from recon.datamodules.prompts import noise_seed
 from recon.datamodules.sampled import Request, SampledCalibration
@@ -92,15 +92,24 @@ class ImageCalibration(SampledCalibration):
         self._names: list[str] = []
 
     def check(self, adapter: ModelAdapter) -> None:
-        """As the base; reads the names of the classes.
+        """As the base; reads the names of the classes and the headers of the VAE.
 
         Raises:
             ConfigError: `classes` is empty or names a class that the folder does not have; the
-                samples exceed the candidates.
+                samples exceed the candidates; the sampler cannot take the steps.
+            WeightsError: The VAE's weights are missing or damaged.
             CapabilityMissing: The adapter cannot give what `sds.source` scores.
         """
         self._names = self._classes(adapter)
-        cast(DiT, adapter).check_steps(self.steps)
+        cast(DiT, adapter).check_sampling(self.steps)
+        pool = pool_size(self.rule, self.num_trajectories, self.steps)
+        if self.rule.top_k > pool:
+            raise ConfigError(
+                f"data.timesteps {self.timesteps} times data.samples_per_timestep "
+                f"{self.samples_per_timestep} are {self.rule.top_k} samples, but "
+                f"data.num_trajectories {self.num_trajectories} of {self.steps} steps give only "
+                f"{pool} candidates. Lower samples_per_timestep, or raise num_trajectories."
+            )
         super().check(adapter)
 
     def _classes(self, adapter: ModelAdapter) -> list[str]:
@@ -146,6 +155,13 @@ class ImageCalibration(SampledCalibration):
             (names[i % len(names)], noise_seed("evaluation", self.test_seed, i))
             for i in range(self.num_test_images)
         ]
+
+    def evaluation_settings(self) -> dict[str, Any]:
+        """As the base; and how the adapter samples."""
+        assert self.trainer is not None
+        adapter = cast(DiT, self.trainer.lightning_module.adapter)
+        how = {"sampler": adapter.sampler, "guided_channels": adapter.guided_channels}
+        return {**super().evaluation_settings(), **how}
 
     def settings(self) -> dict[str, str | int | float | None]:
         """Numbers of trajectories, and how samples are spread."""

@@ -24,6 +24,7 @@ from recon.calibration.selection import (
     rank_correlation,
     select,
 )
+from recon.datamodules.agreement import agree, attempt
 from recon.datamodules.candidates import Branches, Candidates, Trajectory
 from recon.datamodules.prompts import noise_seed
 from recon.models.adapter import ModelAdapter
@@ -95,7 +96,7 @@ def build(
     """
     started = time.monotonic()
     scratch = folder.with_name(f"{folder.name}.scratch")
-    _agree(_attempt(lambda: _fresh(scratch) if ranks.rank() == 0 else None))
+    agree(attempt(lambda: _fresh(scratch) if ranks.rank() == 0 else None))
     expected = sum(len(t.keep) for t in plan.trajectories())
     candidates = Candidates(adapter, plan.rule, plan.branches, scratch, plan.steps, expected)
     try:
@@ -106,7 +107,7 @@ def build(
         facts = _details(plan, scores, choices, time.monotonic() - started)
         rows = _Rows(candidates, plan, scores, choices)
         write = lambda: write_set(folder, rows, fingerprint, facts)  # noqa: E731 - one attempt
-        _agree(_attempt(lambda: write() if ranks.rank() == 0 else None))
+        agree(attempt(lambda: write() if ranks.rank() == 0 else None))
     finally:
         if ranks.rank() == 0:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -183,7 +184,7 @@ def _score(
             )
 
     with torch.no_grad():
-        _agree(_attempt(sample_share))
+        agree(attempt(sample_share))
     # Every number is computed on one rank and is 0 on the others, so the sums are exact.
     scores = ranks.total(scores.to(device)).cpu()
     return scores, _gather_sketches(sketches, plan, device)
@@ -240,30 +241,3 @@ def _fresh(scratch: Path) -> None:
             f"The run folder {scratch.parent} cannot be written: {error.strerror}. Set "
             "trainer.default_root_dir to a folder that can."
         ) from error
-
-
-def _attempt(action: Any) -> Exception | None:
-    try:
-        action()
-    except Exception as error:  # raised again by _agree, on every rank
-        return error
-    return None
-
-
-def _agree(error: Exception | None) -> None:
-    """Raise on every rank what one of them met: the others would wait for it for ever.
-
-    Raises:
-        Exception: This rank's own error.
-        ReconError: Another rank's error, by its class and message.
-    """
-    if ranks.active():
-        notes: list[Any] = [None] * ranks.world()
-        note = None if error is None else (type(error).__name__, str(error))
-        torch.distributed.all_gather_object(notes, note)
-        met = next((n for n in notes if n is not None), None)
-        if error is None and met is not None:
-            kind = getattr(errors, met[0], errors.CalibrationError)
-            raise kind(met[1])
-    if error is not None:
-        raise error

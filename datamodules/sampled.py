@@ -1,32 +1,31 @@
 """What every calibration set drawn from a pipeline's own sampling has in common."""
 
-import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
 from recon.calibration import ranks
-from recon.calibration.artefact import CalibrationSet
+from recon.calibration.artefact import Fingerprint
 from recon.calibration.selection import SalientSelection, check_selection
 from recon.datamodules.candidates import Branches, patch_size
+from recon.datamodules.kept import KeptCalibration
 from recon.datamodules.prompts import text_hash
 from recon.datamodules.salient import Plan, build
-from recon.engine.data import CalibrationData
-from recon.errors import CalibrationError, ConfigError
+from recon.errors import ConfigError
 from recon.models.adapter import ModelAdapter
 
 Request = tuple[str, int]
 """What to sample, in words, and the seed of its noise."""
 
 
-class SampledCalibration(CalibrationData):
+class SampledCalibration(KeptCalibration):
     """A set chosen from the full-precision pipeline's own sampling, kept on disk, used again.
 
     `setup("fit")` samples the pipeline, scores every (prompt, step), keeps what the rule chooses
@@ -52,13 +51,6 @@ class SampledCalibration(CalibrationData):
     held_out_samples: int
     test_seed: int
     test_batch_size: int
-    folder: str | None
-    """Where the set is kept; None: `calibration` in the run folder."""
-    stale: Literal["refuse", "rebuild"]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._set: CalibrationSet | None = None
 
     @abstractmethod
     def calibration_prompts(self) -> list[str]:
@@ -120,60 +112,22 @@ class SampledCalibration(CalibrationData):
         """Calibration samples, held-out samples, and the batch size of each."""
         return self.rule.top_k, self.held_out_samples, 2 if self.branches == "both" else 1
 
-    @property
-    def calibration_set(self) -> CalibrationSet:
-        """The set that `setup("fit")` found or made.
+    def build_set(
+        self, folder: Path, adapter: ModelAdapter, fingerprint: Fingerprint, device: torch.device
+    ) -> None:
+        """See `KeptCalibration.build_set`.
 
         Raises:
-            CalibrationError: `setup("fit")` has not run.
-        """
-        if self._set is None:
-            raise CalibrationError(
-                "The calibration set is not there before setup('fit'). Call setup first, or open "
-                "a finished one with CalibrationSet.load(<run folder>/calibration)."
-            )
-        return self._set
-
-    def setup(self, stage: str) -> None:
-        """Find or make the calibration set in the run folder; nothing to do outside fit."""
-        super().setup(stage)
-        assert self.trainer is not None
-        if stage == "fit" and self._set is None:
-            adapter = cast(ModelAdapter, self.trainer.lightning_module.adapter)
-            root = Path(self.trainer.default_root_dir)
-            started = time.monotonic()
-            self._set = self.calibrate(adapter, root, self.trainer.strategy.root_device)
-            self.seconds = time.monotonic() - started
-
-    def calibrate(self, adapter: ModelAdapter, root: Path, device: torch.device) -> CalibrationSet:
-        """The set in `folder`, or `<root>/calibration`, made if not there. All ranks call this.
-
-        Raises:
-            ConfigError: As `check`; or the run folder cannot be written.
-            CalibrationError: A set of another configuration or teacher is there, or a damaged
-                one, and `stale` is refuse.
+            ConfigError: The run folder cannot be written.
             NumericsError: The teacher's sampling gave NaN or Inf.
         """
-        self.check(adapter)
-        folder = root / "calibration" if self.folder is None else Path(self.folder)
-        present = folder.exists()
-        ranks.barrier()  # rank 0 must not finish a set before another has looked for it
-        plan = self.plan()
-        fingerprint = self._fingerprint(adapter, plan, device)
-        if present:
-            try:
-                return CalibrationSet.load(folder, fingerprint)
-            except CalibrationError:
-                if self.stale == "refuse":
-                    raise
-        adapter.check()
-        build(folder, adapter, plan, fingerprint, device)
-        return CalibrationSet.load(folder, fingerprint)
+        build(folder, adapter, self.plan(), fingerprint, device)
 
-    def _fingerprint(
-        self, adapter: ModelAdapter, plan: Plan, device: torch.device
+    def fingerprint_of(
+        self, adapter: ModelAdapter, device: torch.device
     ) -> dict[str, str | int | float | None]:
-        values = self.settings()
+        """Settings, rule, prompts, teacher and its floating type."""
+        plan, values = self.plan(), self.settings()
         values |= {name: getattr(self, name) for name in ("steps", "guidance", "seed", "branches")}
         values |= {f"sds.{name}": value for name, value in asdict(self.rule).items()}
         values |= {f"teacher.{name}": value for name, value in adapter.identity().items()}

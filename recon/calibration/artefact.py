@@ -44,16 +44,16 @@ class Row:
     """One sample of the set and where it comes from."""
 
     sample: Sample
-    """Batch axis 1 (conditional branch) or 2 (unconditional, conditional)."""
+    """Batch axis 1 (conditional branch, or a conversation) or 2 (unconditional, conditional)."""
     prompt: str
-    step: int
-    """Sampling step, 0 is the first."""
-    seed: int
-    """Seed of the prompt's initial noise."""
-    change: float
-    """C_diff, S²Q-VDiT eq. 3."""
-    gram: float
-    """C_quant, S²Q-VDiT eq. 6."""
+    step: int | None
+    """Sampling step, 0 is the first; None where nothing is sampled."""
+    seed: int | None
+    """Seed of the prompt's initial noise; None where there is none."""
+    change: float | None
+    """C_diff, S²Q-VDiT eq. 3; None where there are no steps."""
+    gram: float | None
+    """C_quant, S²Q-VDiT eq. 6; None where it was not measured."""
     score: float | None
     """What the sample was ranked by; None for held-out samples, which are not ranked."""
     split: Split
@@ -79,7 +79,9 @@ class Samples(Sequence[Sample]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         row = self._rows[index]
-        return {name: _decode(row[name]) for name in self._tensors}
+        held = {name: row[name] for name in self._tensors}
+        # Samples of one set may differ in what they hold: a text has no pixels.
+        return {name: _decode(field) for name, field in held.items() if field is not None}
 
     def facts(self, index: int) -> dict[str, Any]:
         """Prompt, step, seed, scores and reason of one sample, without its tensors."""
@@ -139,6 +141,7 @@ def write_set(
     rows: Callable[[], Iterable[Row]],
     fingerprint: Fingerprint,
     details: Mapping[str, Any],
+    tensors: Sequence[str] | None = None,
 ) -> None:
     """Write a set under `<folder>.partial` and rename it to `folder` when it is complete.
 
@@ -147,6 +150,7 @@ def write_set(
         rows: Gives the rows, one at a time: the samples need not fit in memory together.
         fingerprint: What a later run must match to reuse the set.
         details: Further facts for `calibration.json`, such as the scores of the whole pool.
+        tensors: Names of the tensors that samples may hold; None: all hold those of the first.
 
     Raises:
         NumericsError: A tensor holds NaN or Inf. Nothing is left behind.
@@ -156,7 +160,7 @@ def write_set(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        count = _write_rows(partial, rows)
+        count = _write_rows(partial, rows, tensors)
         files = {p.name: _describe(p) for p in sorted(partial.iterdir())}
         content = {"format": FORMAT, "rows": count, "fingerprint": dict(fingerprint)}
         content |= {"files": files, "versions": _versions(), **details}
@@ -183,7 +187,7 @@ def digest(fingerprint: Fingerprint) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def require_finite(sample: Sample, prompt: str, step: int) -> None:
+def require_finite(sample: Sample, prompt: str, step: int | None) -> None:
     """Refuse a sample with NaN or Inf in it.
 
     Raises:
@@ -191,8 +195,9 @@ def require_finite(sample: Sample, prompt: str, step: int) -> None:
     """
     for name, tensor in sample.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            place = "" if step is None else f" step {step},"
             raise NumericsError(
-                f"{name} of prompt {prompt!r}, step {step}, holds NaN or Inf. The full-precision "
+                f"{name} of prompt {prompt!r},{place} holds NaN or Inf. The full-precision "
                 "teacher itself breaks there: check its weights, or set a wider dtype "
                 "(float32 or bfloat16 instead of float16)."
             )
@@ -222,7 +227,9 @@ def _encode_row(row: Row) -> dict[str, Any]:
     return {name: _encode(tensor) for name, tensor in row.sample.items()} | facts
 
 
-def _write_rows(partial: Path, rows: Callable[[], Iterable[Row]]) -> int:
+def _write_rows(
+    partial: Path, rows: Callable[[], Iterable[Row]], tensors: Sequence[str] | None
+) -> int:
     """The `datasets` files of the rows; returns how many rows there are."""
     import datasets  # heavy: only when a set is written
     from datasets.arrow_writer import ArrowWriter
@@ -235,7 +242,8 @@ def _write_rows(partial: Path, rows: Callable[[], Iterable[Row]]) -> int:
         "shape": datasets.List(whole),
         "data": datasets.Value("large_binary"),  # 64-bit offsets: a column may pass 2 GB
     }
-    features = {name: tensor for name, value in first.items() if isinstance(value, dict)}
+    held = [name for name, value in first.items() if isinstance(value, dict)]
+    features = dict.fromkeys(held if tensors is None else tensors, tensor)
     features |= {"prompt": text, "step": whole, "seed": whole, "C_diff": real, "C_quant": real}
     features |= {"score": real, "split": text, "reason": text}
     spill = partial / "rows"
@@ -244,9 +252,10 @@ def _write_rows(partial: Path, rows: Callable[[], Iterable[Row]]) -> int:
     with ArrowWriter(
         path=str(spill / "rows.arrow"), features=datasets.Features(features), writer_batch_size=1
     ) as writer:
-        writer.write(first)
+        lacking = dict.fromkeys(features)
+        writer.write(lacking | first)
         for row in encoded:
-            writer.write(row)
+            writer.write(lacking | row)
         count, _ = writer.finalize()
     was_off = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()

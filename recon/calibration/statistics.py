@@ -15,6 +15,8 @@ from recon.errors import NumericsError
 class UnitRecord:
     """Statistics of a unit's input groups, keyed by the group's first linear.
 
+    Operands of attention products have theirs as `<attention>.query` and so on.
+
     Sums run over all calibration samples and tokens of all processes.
     """
 
@@ -32,6 +34,35 @@ class UnitRecord:
     """Sum of x xᵀ over tokens, [channels, channels], float64 while recording."""
     salience: dict[int, Tensor] = field(default_factory=dict)
     """Attention column sums S of each of this process's samples, [batch, tokens]."""
+
+    def see(
+        self, name: str, inputs: Tensor, *, row: tuple[int, int] | None = None, tokens: int = 0
+    ) -> None:
+        """Adds the maxima of `inputs` [..., channels], and some of its tokens.
+
+        Args:
+            name: Key of the statistics.
+            inputs: All tokens of one forward.
+            row: Index of the row of `absmax_rows` that this forward belongs to, and their number.
+            tokens: How many tokens are kept, evenly spaced, with both ends of every channel.
+        """
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        absmax = rows.abs().amax(dim=0)  # over tokens
+        known = self.absmax.get(name)
+        self.absmax[name] = absmax if known is None else torch.maximum(known, absmax)
+        if row is not None:
+            table = self.absmax_rows.get(name)
+            if table is None:
+                table = self.absmax_rows[name] = absmax.new_zeros(row[1], len(absmax))
+            table[row[0]] = torch.maximum(table[row[0]], absmax)
+        if tokens:
+            count = len(rows)
+            spaced = torch.linspace(0, count - 1, min(tokens, count), device=rows.device).long()
+            self.tokens.setdefault(name, []).append(rows[spaced])
+            low, high = rows.aminmax(dim=0)  # over tokens
+            before = self.lowest.get(name, low), self.highest.get(name, high)
+            self.lowest[name] = torch.minimum(before[0], low)
+            self.highest[name] = torch.maximum(before[1], high)
 
     def reduce(self) -> None:
         """Makes the statistics those of all processes; refuses values that are not finite."""
@@ -73,24 +104,9 @@ def recorded_inputs(
     wanted = set(with_gram)
 
     def observe(name: str, inputs: Tensor) -> None:
-        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        absmax = rows.abs().amax(dim=0)  # over tokens
-        known = record.absmax.get(name)
-        record.absmax[name] = absmax if known is None else torch.maximum(known, absmax)
-        if row is not None:
-            table = record.absmax_rows.get(name)
-            if table is None:
-                table = record.absmax_rows[name] = absmax.new_zeros(row[1], len(absmax))
-            table[row[0]] = torch.maximum(table[row[0]], absmax)
-        if tokens:
-            count = len(rows)
-            spaced = torch.linspace(0, count - 1, min(tokens, count), device=rows.device).long()
-            record.tokens.setdefault(name, []).append(rows[spaced])
-            low, high = rows.aminmax(dim=0)  # over tokens
-            before = record.lowest.get(name, low), record.highest.get(name, high)
-            record.lowest[name] = torch.minimum(before[0], low)
-            record.highest[name] = torch.maximum(before[1], high)
+        record.see(name, inputs, row=row, tokens=tokens)
         if name in wanted:
+            rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
             # One float32 product per sample, summed in float64: see recon.calibration.ranks.
             gram = (rows.T @ rows).double()
             known = record.gram.get(name)

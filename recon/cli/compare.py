@@ -29,6 +29,12 @@ ROWS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("paired SSIM", "test.json", ("paired", "ssim"), "{:.4f}"),
     ("oracle, all right, teacher", "test.json", ("full_precision", "all"), "{:.3f}"),
     ("oracle, all right, quantised", "test.json", ("quantized", "all"), "{:.3f}"),
+    ("FID, teacher", "test.json", ("full_precision", "fid"), "{:.3f}"),
+    ("FID, quantised", "test.json", ("quantized", "fid"), "{:.3f}"),
+    ("KID, teacher", "test.json", ("full_precision", "kid"), "{:.4f}"),
+    ("KID, quantised", "test.json", ("quantized", "kid"), "{:.4f}"),
+    ("precision, quantised", "test.json", ("quantized", "precision"), "{:.3f}"),
+    ("recall, quantised", "test.json", ("quantized", "recall"), "{:.3f}"),
 )
 
 

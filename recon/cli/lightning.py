@@ -17,7 +17,9 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from recon.callbacks.answers import AnswerMetrics
 from recon.callbacks.checkpoints import StepCheckpoint, UnitCheckpoint
+from recon.callbacks.class_grid import ClassGrid
 from recon.callbacks.evaluation import PairedMetrics
 from recon.callbacks.progress import UnitProgress
 from recon.callbacks.samples import MediaLogger, SampleWriter
@@ -65,7 +67,9 @@ class ReconCLI(LightningCLI):
         parser.add_lightning_class_args(StepCheckpoint, "step_checkpoint")
         parser.add_lightning_class_args(UnitProgress, "progress")
         parser.add_lightning_class_args(PairedMetrics, "metrics")
+        parser.add_lightning_class_args(AnswerMetrics, "answers")
         parser.add_lightning_class_args(MediaLogger, "media")
+        parser.add_lightning_class_args(ClassGrid, "class_grid")
         parser.add_lightning_class_args(SampleWriter, "writer")
         parser.add_argument("--wandb", type=bool, default=True, help="Track the run in W&B.")
         parser.add_argument("--wandb_project", type=str, default="recon", help="W&B project.")

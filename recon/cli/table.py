@@ -22,18 +22,65 @@ from rich.console import Console
 
 from recon.errors import ReconError
 
+Method = tuple[tuple[str, ...], tuple[str, ...]]
+"""Configurations under `configs`, the later ones over the earlier, and extra arguments."""
+
 NO_SDS = ("--data.sds.metric", "random")
 NO_STD = ("--model.std.lambda_min", "1.0")
-METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "smoothquant": ("smoothquant", ()),
-    "gptq": ("gptq", ()),
-    "adaround": ("adaround", ()),
-    "s2q_vdit": ("s2q_vdit", ()),
-    "s2q_base": ("s2q_vdit", (*NO_SDS, *NO_STD)),
-    "s2q_sds": ("s2q_vdit", NO_STD),
-    "s2q_std": ("s2q_vdit", NO_SDS),
+NO_BALANCE = ("--model.balance", "none")
+NO_RECONSTRUCTION = ("--model.reconstruct", "false")
+ON_IMAGES = "models/image_teacher"
+AS_LONG_AS_PTQ4DIT = ("--model.steps", "300", "--model.lr", "4e-2")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What the table runs on one of the embedded teachers, and where it keeps it."""
+
+    methods: dict[str, Method]
+    """Of each row. Round-to-nearest is measured beside every row."""
+    selection: str
+    """How configurations choose their calibration samples; a name for sets that are shared."""
+    bits: tuple[str, ...]
+    """Weight and activation bits where none are given."""
+    folder: Path
+    """Run folders where none is given."""
+
+
+TEACHERS: dict[str, Teacher] = {
+    "video": Teacher(
+        {
+            "smoothquant": (("smoothquant",), ()),
+            "gptq": (("gptq",), ()),
+            "adaround": (("adaround",), ()),
+            "s2q_vdit": (("s2q_vdit",), ()),
+            "s2q_base": (("s2q_vdit",), (*NO_SDS, *NO_STD)),
+            "s2q_sds": (("s2q_vdit",), NO_STD),
+            "s2q_std": (("s2q_vdit",), NO_SDS),
+        },
+        selection="salient",
+        bits=("4:6", "4:4"),
+        folder=Path("runs/table"),
+    ),
+    "image": Teacher(
+        {
+            "smoothquant": (("smoothquant", ON_IMAGES), ()),
+            "gptq": (("gptq", ON_IMAGES), ()),
+            "adaround": (("adaround", ON_IMAGES), AS_LONG_AS_PTQ4DIT),
+            "ptq4dit": (("ptq4dit",), ()),
+            "ptq4dit_faithful": (("ptq4dit_faithful",), ()),
+            "ptq4dit_reconstruction": (("ptq4dit",), NO_BALANCE),
+            "ptq4dit_balancing": (("ptq4dit",), NO_RECONSTRUCTION),
+            "ptq4dit_neither": (("ptq4dit",), (*NO_BALANCE, *NO_RECONSTRUCTION)),
+            "ptq4dit_mean": (("ptq4dit",), ("--model.salience", "mean")),
+            "ptq4dit_max": (("ptq4dit",), ("--model.salience", "max")),
+            "ptq4dit_midpoint": (("ptq4dit",), ("--model.salience", "midpoint")),
+        },
+        selection="stratified",
+        bits=("8:8", "4:8", "4:4"),
+        folder=Path("runs/table_image"),
+    ),
 }
-"""Configuration and extra arguments of each row. Round-to-nearest is measured beside every row."""
 
 _LOCKS: defaultdict[Path, Lock] = defaultdict(Lock)
 
@@ -59,7 +106,7 @@ def table(arguments: Sequence[str]) -> None:
     Raises:
         ReconError: A run failed; names its log.
     """
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     bits = [tuple(int(part) for part in pair.split(":")) for pair in options.bits]
     # Seeds innermost: jobs side by side then make different calibration sets.
     rows = [Row(m, w, a, s) for m in options.methods for w, a in bits for s in options.seeds]
@@ -69,16 +116,30 @@ def table(arguments: Sequence[str]) -> None:
     Console().print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line, with what follows from the teacher filled in."""
     parser = argparse.ArgumentParser("recon table", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("runs/table"))
+    parser.add_argument("--teacher", default="video", choices=list(TEACHERS))
+    parser.add_argument("--folder", type=Path, help="runs/table or runs/table_image if not given.")
     parser.add_argument("--configs", type=Path, default=Path("configs"))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--bits", nargs="+", default=["4:6", "4:4"], help="weight:activation")
+    named = "; ".join(f"{name}: {' '.join(t.methods)}" for name, t in TEACHERS.items())
+    parser.add_argument("--methods", nargs="+", help=f"All if not given. {named}.")
+    parser.add_argument("--bits", nargs="+", help="weight:activation")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time.")
     parser.add_argument("--extra", nargs="*", default=[], help="key=value for every fit and test.")
-    return parser
+    options = parser.parse_args(arguments)
+    teacher = TEACHERS[options.teacher]
+    options.folder = options.folder or teacher.folder
+    options.bits = options.bits or teacher.bits
+    options.methods = options.methods or list(teacher.methods)
+    unknown = [name for name in options.methods if name not in teacher.methods]
+    if unknown:
+        parser.error(
+            f"--methods {unknown[0]} is none of {', '.join(teacher.methods)}, which the table has "
+            f"for --teacher {options.teacher}"
+        )
+    return options
 
 
 def _run(row: Row, options: argparse.Namespace) -> None:
@@ -86,15 +147,18 @@ def _run(row: Row, options: argparse.Namespace) -> None:
     if (root / "test.json").is_file():
         return
     root.mkdir(parents=True, exist_ok=True)
-    config, extra = METHODS[row.method]
-    chosen = "random" if "random" in extra else "salient"
+    teacher = TEACHERS[options.teacher]
+    configs, extra = teacher.methods[row.method]
+    chosen = "random" if "random" in extra else teacher.selection
     calibration = options.folder / f"calibration-{chosen}-seed{row.seed}"
     shared = [
         *("--wandb", "false", "--media.after_fit", "0"),
         *(part for pair in options.extra for part in (f"--{pair}",)),
     ]
     fit = [
-        *("fit", "--config", str(options.configs / f"{config}.yaml"), *extra),
+        "fit",
+        *(part for name in configs for part in ("--config", str(options.configs / f"{name}.yaml"))),
+        *extra,
         *("--model.weight.num_bits", str(row.weight)),
         *("--model.activation.num_bits", str(row.activation)),
         *("--model.seed", str(row.seed), "--data.seed", str(row.seed)),

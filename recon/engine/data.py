@@ -1,6 +1,7 @@
 """What the engine needs of a DataModule."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,6 +45,16 @@ class CalibrationData(LightningDataModule):
     @abstractmethod
     def calibration_set(self) -> CalibrationSet:
         """The set that `setup("fit")` found or made."""
+
+    def outputs(self, pipeline: Any, batch: Mapping[str, Any]) -> Any:
+        """What an evaluation looks at: what a pipeline makes of a batch of this module's loaders.
+
+        Default: samples of the batch's prompts and seeds, a float tensor [prompts, frames, 3,
+        height, width] (or without frames) in [0, 1] on the CPU.
+        """
+        return pipeline.generate(
+            list(batch["prompt"]), list(batch["seed"]), steps=self.steps, guidance=self.guidance
+        )
 
     def train_dataloader(self) -> Any:
         """The engine's: batches are indices into the set, dealt unit by unit."""

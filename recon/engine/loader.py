@@ -39,7 +39,8 @@ def refuse_uneven(size: int, batch: int, world: int, micro_batch: int = 1) -> No
     if size < batch:
         raise ConfigError(
             f"{size} calibration samples cannot fill a batch of {batch}. Lower "
-            "model.batch_size or raise data.sds.top_k."
+            "model.batch_size, or calibrate with more samples (videos: data.sds.top_k; images: "
+            "data.samples_per_timestep)."
         )
 
 

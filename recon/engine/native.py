@@ -4,7 +4,8 @@ config.json             the network's own configuration
 network.safetensors     every tensor that is not quantised: embedders, norms, biases, head
 quantized.safetensors   per layer `codes` (int32, packed), `scale`, and where there is one
 `activation_clip`; per group of layers that share an input the
-transform's `channel_scale`, `left`, `right`, `rotated_scale` and fixed grid, under its first layer
+transform's `channel_scale`, `left`, `right`, `rotated_scale` and fixed grid, under its first layer;
+per attention whose products are quantised on fixed grids, each operand's step and zero-point
 manifest.json           method, bits and error, shapes and owner of each layer, fingerprint;
 written last, with a checksum of the other files
 """
@@ -24,7 +25,9 @@ from torch import Tensor, nn
 
 import recon
 from recon.engine.assembly import adopted
+from recon.engine.attention import own, put_in
 from recon.errors import CheckpointMismatch
+from recon.layers.quant_attention import QuantAttention
 from recon.layers.quant_linear import QuantLinear
 from recon.layers.transform import InputTransform
 from recon.layers.tree import replace
@@ -59,6 +62,13 @@ def write_native(module: "Reconstruction", folder: Path) -> None:
     rest = adapter.weights.load_names(kept, dtype, "cpu")
     save_file(rest, aside / "network.safetensors")
     tensors, owners = _tensors(layers)
+    attentions = {
+        name.replace("/", "."): part
+        for name, part in module.quantizers.items()
+        if isinstance(part, QuantAttention)
+    }
+    for name, part in attentions.items():
+        tensors |= {f"{name}.{key}": value.cpu() for key, value in part.state_dict().items()}
     save_file(tensors, aside / "quantized.safetensors")
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -76,6 +86,10 @@ def write_native(module: "Reconstruction", folder: Path) -> None:
                 "transform": owners.get(name),
             }
             for name, layer in layers.items()
+        },
+        "attentions": {
+            name: {"activation": asdict(part.activation), "softmax_bits": part.softmax_bits}
+            for name, part in attentions.items()
         },
         "error": module.final_error,
         "unit_errors": module.history,
@@ -142,6 +156,10 @@ def load(run: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     for name, layer in layers.items():
         layer.bias = network.get_submodule(name).bias  # type: ignore[assignment]
         layer.to(device)
+    for name, facts in manifest.get("attentions", {}).items():
+        spec = QuantSpec(**facts["activation"])
+        part = QuantAttention.closed(own(saved, name), spec, facts["softmax_bits"])
+        put_in(adapter, network, {name: part})
     return replace(network, layers).requires_grad_(False).eval()
 
 

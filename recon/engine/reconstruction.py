@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from recon.calibration import ranks
 from recon.calibration.frontier import Frontier
 from recon.calibration.memory import MemoryBudget
-from recon.engine import resume, stage_data, stopping, walk
+from recon.engine import attention, resume, stage_data, stopping, walk
 from recon.engine.data import CalibrationData
 from recon.engine.fingerprint import refuse_difference
 from recon.engine.gradient import Step, added, averaged, flat_gradient, hand_out, refuse_nan
@@ -24,9 +24,10 @@ from recon.engine.result import network_error
 from recon.engine.settings import refuse_unsafe_trainer
 from recon.engine.unit import OpenUnit, Unit
 from recon.errors import ConfigError
+from recon.layers.quant_attention import QuantAttention
 from recon.layers.quant_linear import QuantLinear
 from recon.models.adapter import ModelAdapter
-from recon.quantizers.spec import QuantSpec
+from recon.quantizers.spec import MAX_BITS, MIN_BITS, QuantSpec
 from recon.types import State
 
 LOOK_EVERY = 10
@@ -46,6 +47,10 @@ class Reconstruction(LightningModule):
         adapter: The network.
         weight: Grid of the weights.
         activation: Grid of the inputs; null leaves them unquantised.
+        quantize_attention: Whether both products of each attention are quantised: query, key and
+            value on the grid of the inputs, the softmax at `softmax_bits`. Forms the [tokens,
+            tokens] matrix, which fused kernels do not.
+        softmax_bits: Bits of the softmax, in [2, 8]. Source: 8, PTQ4DiT.
         adaln: Linears that compute scales, shifts and gates from the timestep: `w4a` treats them
             as the others, `w4a16` leaves their inputs, `fp` leaves them alone.
         inputs: What the open unit is trained on: the teacher's stream, the quantised prefix's, or
@@ -71,6 +76,8 @@ class Reconstruction(LightningModule):
         adapter: ModelAdapter,
         weight: QuantSpec = DEFAULT_WEIGHT,
         activation: QuantSpec | None = DEFAULT_ACTIVATION,
+        quantize_attention: bool = False,
+        softmax_bits: int = 8,
         adaln: Literal["w4a", "w4a16", "fp"] = "w4a",
         inputs: Literal["full_precision", "quantised", "mix"] = "quantised",
         batch_size: int = 1,
@@ -82,6 +89,7 @@ class Reconstruction(LightningModule):
     ) -> None:
         super().__init__()
         self.adapter, self.weight, self.activation = adapter, weight, activation
+        self.quantize_attention, self.softmax_bits = quantize_attention, softmax_bits
         self.adaln, self.inputs = adaln, inputs
         self.batch_size, self.micro_batch = batch_size, micro_batch
         self.seed, self.memory = seed, memory
@@ -157,6 +165,13 @@ class Reconstruction(LightningModule):
             for name, module in group.linears.items()
         }
 
+    def open_attention(self, name: str, unit: OpenUnit) -> QuantAttention:
+        """The quantised products of the attention of that full name.
+
+        Asked for where `quantize_attention` is set. Default: nothing fixed, nothing learned.
+        """
+        return attention.nearest_attentions(self, unit.unit.blocks)[name]
+
     def unit_loss(self, student: Tensor, teacher: Tensor, sample: int) -> dict[str, Tensor]:
         """Terms to be added up and minimised, from the unit's tokens [batch, tokens, channels]."""
         raise NotImplementedError
@@ -224,9 +239,26 @@ class Reconstruction(LightningModule):
             raise ConfigError(f"model.micro_batch must be at least 1, got {self.micro_batch}.")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"model.threads must be at least 1 or null, got {self.threads}.")
+        self._check_attention()
         if self.wants_attention:
             stage_data.exposed_attention(self)
         self.adapter.check()
+
+    def _check_attention(self) -> None:
+        if not self.quantize_attention:
+            return
+        if not MIN_BITS <= self.softmax_bits <= MAX_BITS:
+            raise ConfigError(
+                f"model.softmax_bits must lie in [{MIN_BITS}, {MAX_BITS}], got "
+                f"{self.softmax_bits}. The papers' value is 8."
+            )
+        if self.activation is None:
+            raise ConfigError(
+                "model.quantize_attention is true, but model.activation is null: query, key and "
+                "value take the grid of the inputs. Set model.activation, or quantize_attention: "
+                "false."
+            )
+        attention.replaceable(self.adapter)
 
     def check_budget(
         self, samples: int, held_out: int, rows: int, root: Path, device: torch.device
@@ -294,7 +326,7 @@ class Reconstruction(LightningModule):
             self._rows = stage_data.timestep_rows(chosen.samples)
         elif self.wants_rows == "sample":
             self._rows = list(range(self.sample_count))
-        rows = chosen.samples[0]["timestep"].shape[0]
+        rows = data.sample_counts[2]
         size = self.adapter.stream_bytes(rows, self.run_device)
         needed = needed_bytes(size, self.sample_count, len(chosen.held_out))
         mark = resume.digest(self.fingerprint)
@@ -447,6 +479,15 @@ class Reconstruction(LightningModule):
 
     def layers_of(self, unit: Unit) -> dict[str, QuantLinear]:
         """The registered layers inside a unit's blocks, by full dotted name."""
+        found = self._registered(unit)
+        return {name: layer for name, layer in found.items() if isinstance(layer, QuantLinear)}
+
+    def attentions_of(self, unit: Unit) -> dict[str, QuantAttention]:
+        """The registered attention products inside a unit's blocks, by full dotted name."""
+        found = self._registered(unit)
+        return {name: part for name, part in found.items() if isinstance(part, QuantAttention)}
+
+    def _registered(self, unit: Unit) -> dict[str, nn.Module]:
         prefixes = tuple(f"{name}." for name in unit.blocks)
-        named = ((key.replace("/", "."), layer) for key, layer in self.quantizers.items())
-        return {n: q for n, q in named if n.startswith(prefixes) and isinstance(q, QuantLinear)}
+        named = {key.replace("/", "."): part for key, part in self.quantizers.items()}
+        return {name: part for name, part in named.items() if name.startswith(prefixes)}

@@ -45,12 +45,13 @@ def network_error(module: "Reconstruction") -> dict[str, float]:
 def linear_bytes(layers: Iterable[nn.Module]) -> dict[str, int]:
     """Bytes of quantised linears: weights at 16 bits, and everything that replaces them.
 
-    Counted are codes, step sizes, transforms (once per group) and clips; biases are in neither.
+    Counted are codes, step sizes, transforms (once per group), clips, and the steps of quantised
+    attention products; biases are in neither.
     """
     full, seen, quantized = 0, set[int](), 0
     for layer in layers:
-        assert isinstance(layer, QuantLinear)
-        full += 2 * layer.in_features * layer.out_features
+        if isinstance(layer, QuantLinear):
+            full += 2 * layer.in_features * layer.out_features
         for tensor in layer.state_dict(keep_vars=True).values():
             if id(tensor) not in seen:
                 seen.add(id(tensor))

@@ -12,6 +12,7 @@ import recon
 from recon.calibration.frontier import BlockForwards
 from recon.engine import walk
 from recon.engine.assembly import adopted
+from recon.engine.attention import adopted_attentions
 from recon.engine.fingerprint import refuse_difference, settings
 from recon.errors import CheckpointMismatch
 from recon.quantizers.spec import QuantSpec
@@ -143,3 +144,5 @@ def _adopt_closed(module: "Reconstruction", state: dict[str, Tensor]) -> None:
             layers = adopted(tensors, linears, groups, module.weight, activation)
             for name, layer in layers.items():
                 module.quantizers[name.replace(".", "/")] = layer
+        for name, products in adopted_attentions(module, unit.blocks, tensors).items():
+            module.quantizers[name.replace(".", "/")] = products

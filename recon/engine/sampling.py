@@ -1,4 +1,4 @@
-"""Videos (or images) of the teacher and of its quantised forms, for the same seeds."""
+"""What the teacher and its quantised forms make of the same batch: videos, images or answers."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from recon.engine import attention
 from recon.engine.assembly import layer_groups, linear, nearest_layers
+from recon.engine.data import CalibrationData
 from recon.engine.unit import Unit
+from recon.layers.quant_attention import QuantAttention
 from recon.layers.quant_linear import QuantLinear
 from recon.layers.tree import replace
 
@@ -21,22 +24,20 @@ Form = Literal["full_precision", "round_to_nearest", "quantized"]
 def sample(
     module: "Reconstruction", batch: dict[str, Any], forms: Iterable[Form]
 ) -> dict[str, Any]:
-    """Samples of each form for the batch's prompts and seeds.
+    """Outputs of each form for the batch.
 
     Returns:
-        The batch's `prompt` and `seed`, and for every form a float tensor [prompts, frames, 3,
-        height, width] in [0, 1] on the CPU.
+        The batch, and under every form's name what `CalibrationData.outputs` makes with it.
     """
-    data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
-    settings = {"steps": data.steps, "guidance": data.guidance}
-    result: dict[str, Any] = {"prompt": batch["prompt"], "seed": batch["seed"]}
+    data: CalibrationData = module.trainer.datamodule  # type: ignore[attr-defined]
+    result: dict[str, Any] = dict(batch)
     for form in forms:
         pipeline = module.pipelines.get(form)
         if pipeline is None:
             device = module.trainer.strategy.root_device
             pipeline = module.adapter.pipeline(device, network(module, form, device))
             module.pipelines[form] = pipeline
-        result[form] = pipeline.generate(list(batch["prompt"]), list(batch["seed"]), **settings)
+        result[form] = data.outputs(pipeline, batch)
     return result
 
 
@@ -54,12 +55,21 @@ def network(module: "Reconstruction", form: Form, device: torch.device) -> nn.Mo
         layers = _nearest(module, whole)
     else:
         return whole
+    attention.put_in(module.adapter, whole, _products(module, form))
     for name, layer in layers.items():
         bias = linear(whole, name).bias
         layer.bias = None if bias is None else bias.detach()
         layer.to(device)
         layer.keep_resident(dtype)
     return replace(whole, layers).eval()
+
+
+def _products(module: "Reconstruction", form: Form) -> dict[str, QuantAttention]:
+    if form == "round_to_nearest":
+        return attention.nearest_attentions(module, module.adapter.block_names)
+    closed = module.units[: module.index]
+    found = {n: part for unit in closed for n, part in module.attentions_of(unit).items()}
+    return {name: part.to(module.run_device) for name, part in found.items()}
 
 
 def _nearest(module: "Reconstruction", whole: nn.Module) -> dict[str, QuantLinear]:

@@ -26,7 +26,17 @@ def seeded(text: str) -> torch.Generator:
 
 
 def timestep_rows(samples: Sequence[Sample]) -> list[int]:
-    """Place of each sample's timestep among the distinct ones of all samples, ascending."""
+    """Place of each sample's timestep among the distinct ones of all samples, ascending.
+
+    Raises:
+        CapabilityMissing: A sample has no timestep.
+    """
+    if any("timestep" not in sample for sample in samples):
+        raise CapabilityMissing(
+            "The method treats timesteps apart, and the calibration samples have none: the network "
+            "is no diffusion model. Let it treat samples apart (ssc_over: sample), or use a method "
+            "without timesteps."
+        )
     timesteps = [int(sample["timestep"].flatten()[0]) for sample in samples]
     places = {timestep: place for place, timestep in enumerate(sorted(set(timesteps)))}
     return [places[timestep] for timestep in timesteps]

@@ -6,6 +6,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from recon.calibration.statistics import UnitRecord
+from recon.layers.quant_attention import QuantAttention
 from recon.layers.quant_linear import QuantLinear
 from recon.layers.transform import InputTransform
 
@@ -41,6 +42,8 @@ class OpenUnit:
     record: UnitRecord
     layers: dict[str, QuantLinear] = field(default_factory=dict)
     """What the method's `open_unit` returned, by full dotted name."""
+    attentions: dict[str, QuantAttention] = field(default_factory=dict)
+    """Quantised attention products by full dotted name; empty where they are not quantised."""
     student_blocks: list[nn.Module] = field(default_factory=list)
     """Copies of the teacher's blocks around `layers`; everything else is shared."""
     losses: dict[str, Tensor] = field(default_factory=dict)

@@ -1,17 +1,19 @@
 """Opening, closing and replaying units: the walk of both networks through the blocks."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from recon.calibration.operands import recorded_operands
 from recon.calibration.statistics import UnitRecord, recorded_inputs
-from recon.engine import stage_data
+from recon.engine import attention, stage_data
 from recon.engine.assembly import assembled, compile_pays, layer_groups, nearest_layers
 from recon.engine.unit import OpenUnit, Unit
+from recon.layers.quant_attention import QuantAttention
 
 if TYPE_CHECKING:
     from recon.engine.reconstruction import Reconstruction
@@ -26,6 +28,7 @@ def start_streams(module: "Reconstruction") -> None:
         blocks = _blocks(module, unit)
         module.frontier.record(blocks)
         students = assembled(unit, blocks, module.layers_of(unit))
+        _attend(module, unit, students, module.attentions_of(unit))
         module.frontier.advance(students, _nearest(module, unit, blocks))
 
 
@@ -40,7 +43,12 @@ def open_unit(module: "Reconstruction") -> OpenUnit:
     opened.record.reduce()
     opened.layers = module.open_unit(opened)
     opened.student_blocks = assembled(unit, blocks, opened.layers)
-    for name, layer in opened.layers.items():
+    opened.attentions = {
+        name: module.open_attention(name, opened)
+        for name in attention.quantized_names(module, unit.blocks)
+    }
+    _attend(module, unit, opened.student_blocks, opened.attentions)
+    for name, layer in (*opened.layers.items(), *opened.attentions.items()):
         module.quantizers[name.replace(".", "/")] = layer
     module.quantizers.to(module.run_device)
     return opened
@@ -49,6 +57,8 @@ def open_unit(module: "Reconstruction") -> OpenUnit:
 def close_unit(module: "Reconstruction", opened: OpenUnit) -> dict[str, float]:
     """Lets the method close the unit, then advances the streams past it; the unit's results."""
     module.close_unit(opened)
+    for products in opened.attentions.values():
+        products.fold()
     module.quantizers.to(module.run_device)
     nearest = _nearest(module, opened.unit, opened.teacher_blocks)
     errors = module.frontier.advance(opened.student_blocks, nearest)
@@ -101,7 +111,19 @@ def _blocks(module: "Reconstruction", unit: Unit) -> list[nn.Module]:
 def _nearest(module: "Reconstruction", unit: Unit, blocks: list[nn.Module]) -> list[nn.Module]:
     groups = layer_groups(module.adapter, unit, blocks, skip_roles=module.skip_roles)
     activation = {group.name: module.activation_spec(group.role) for group in groups}
-    return assembled(unit, blocks, nearest_layers(groups, module.weight, activation))
+    students = assembled(unit, blocks, nearest_layers(groups, module.weight, activation))
+    _attend(module, unit, students, attention.nearest_attentions(module, unit.blocks))
+    return students
+
+
+def _attend(
+    module: "Reconstruction",
+    unit: Unit,
+    blocks: list[nn.Module],
+    attentions: Mapping[str, QuantAttention],
+) -> None:
+    for name, block in zip(unit.blocks, blocks, strict=True):
+        attention.put_in(module.adapter, block, attentions, within=f"{name}.")
 
 
 @contextmanager
@@ -118,6 +140,13 @@ def _observed(module: "Reconstruction", opened: OpenUnit, sample: int) -> Iterat
                 tokens=module.wants_tokens,
             )
         )
+        if module.wants_tokens and module.quantize_attention:
+            adapter = attention.replaceable(module.adapter)
+            for name, block in zip(opened.unit.blocks, opened.teacher_blocks, strict=True):
+                watched = recorded_operands(
+                    adapter, block, name, opened.record, module.wants_tokens
+                )
+                stack.enter_context(watched)
         if module.wants_attention:
             stack.enter_context(stage_data.recorded_salience(module, opened, sample))
         yield

@@ -5,13 +5,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from recon.layers.rounding import CLIP_LOGIT_START, AdaptiveRounding, NearestRounding
+from recon.layers.static_range import on_own_range
 from recon.layers.transform import InputTransform
-from recon.quantizers.affine import (
-    dequantize,
-    fake_quantize_static,
-    fake_quantize_tokens,
-    static_grid,
-)
+from recon.quantizers.affine import dequantize, fake_quantize_tokens
 from recon.quantizers.packing import pack, unpack
 from recon.quantizers.spec import QuantSpec
 
@@ -104,17 +100,11 @@ class QuantLinear(nn.Module):
         return functional.linear(hidden.to(inputs.dtype), weight, bias)
 
     def _on_one_grid(self, hidden: Tensor) -> Tensor:
-        """Hidden itself where the transform quantised it; else on the range of this very call.
-
-        The second is the yardstick, rounding to nearest without calibration: a range that fits
-        each call is better than a fixed one, so that it is not beaten for being naive.
-        """
+        """Hidden itself where the transform quantised it; else on the range of this very call."""
         assert self.activation_spec is not None
         if self.transform is not None and self.transform.static is not None:
             return hidden
-        grid = static_grid(float(hidden.min()), float(hidden.max()), self.activation_spec)
-        step, zero_point = (hidden.new_tensor(value) for value in grid)
-        return fake_quantize_static(hidden, step, zero_point, self.activation_spec)
+        return on_own_range(hidden, self.activation_spec)
 
     @torch.no_grad()
     def fold(self) -> Tensor:

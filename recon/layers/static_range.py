@@ -9,6 +9,21 @@ from recon.quantizers.affine import fake_quantize_static, static_grid
 from recon.quantizers.spec import QuantSpec
 
 
+def on_own_range(inputs: Tensor, spec: QuantSpec) -> Tensor:
+    """Inputs on the grid of their own range, one for the whole tensor.
+
+    The yardstick of a fixed grid, rounding to nearest without calibration: a range that fits each
+    call is better than a fixed one, so that it is not beaten for being naive.
+
+    Args:
+        inputs: Float32, any shape.
+        spec: Strategy tensor.
+    """
+    grid = static_grid(float(inputs.min()), float(inputs.max()), spec)
+    step, zero_point = (inputs.new_tensor(value) for value in grid)
+    return fake_quantize_static(inputs, step, zero_point, spec)
+
+
 class StaticRange(nn.Module):
     """Quantises what passes on one grid, whose step size may be learned; the zero-point is fixed.
 

@@ -17,12 +17,14 @@ import math
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recon.calibration import ranks
+from recon.calibration.statistics import UnitRecord
 from recon.engine.reconstruction import Reconstruction
 from recon.engine.unit import LayerGroup, OpenUnit
 from recon.errors import ConfigError
+from recon.layers.quant_attention import OPERANDS, QuantAttention
 from recon.layers.quant_linear import QuantLinear
 from recon.layers.rounding import AdaptiveRounding, NearestRounding, rounding_penalty
 from recon.layers.static_range import StaticRange
@@ -31,6 +33,7 @@ from recon.losses.reconstruction import token_weighted_error
 from recon.quantizers.affine import absmax_scale, weight_range
 from recon.quantizers.ranges import mse_clip_ratio, static_range_errors
 from recon.quantizers.salience import Aggregation, aggregate, balance_scale, weight_salience
+from recon.quantizers.spec import QuantSpec
 
 BALANCED = ("attention_input", "attention_output", "feed_forward_up")
 """Roles of the inputs that are balanced: of q, k and v, of the projection, of the first
@@ -152,25 +155,37 @@ class PTQ4DiT(Reconstruction):
     def _transform(self, group: LayerGroup, unit: OpenUnit) -> InputTransform | None:
         scale = self.balancing(group, unit)
         spec = self.activation_spec(group.role)
-        fixed = spec is not None and spec.strategy == "tensor"
-        if scale is None and not fixed:
+        static = None
+        if spec is not None and spec.strategy == "tensor":
+            static = self._searched(unit.record, group.name, spec, scale)
+        if scale is None and static is None:
             return None
-        static = self._static_range(group, unit, scale) if fixed else None
         return InputTransform(scale, learn_scale=False, static=static)
 
-    def _static_range(self, group: LayerGroup, unit: OpenUnit, scale: Tensor | None) -> StaticRange:
-        """The fixed range of the balanced input that costs the least square error."""
-        record, spec = unit.record, self.activation_spec(group.role)
-        assert spec is not None
-        tokens = torch.cat(record.tokens[group.name])
+    def open_attention(self, name: str, unit: OpenUnit) -> QuantAttention:
+        """Products on fixed ranges where activations have them, else on ranges per token.
+
+        The value is that of the teacher: balancing of the projection acts behind the product.
+        """
+        products = super().open_attention(name, unit)
+        if products.activation.strategy == "tensor":
+            for operand in OPERANDS:
+                found = self._searched(unit.record, f"{name}.{operand}", products.spec(operand))
+                products.ranges[operand] = found
+        return products
+
+    def _searched(
+        self, record: UnitRecord, name: str, spec: QuantSpec, scale: Tensor | None = None
+    ) -> StaticRange:
+        """The fixed range of what was recorded, times `scale`, that costs the least error."""
+        tokens = torch.cat(record.tokens[name])
         factor = torch.ones_like(tokens[0]) if scale is None else scale
-        low = float((record.lowest[group.name] * factor).min())
-        high = float((record.highest[group.name] * factor).max())
+        low = float((record.lowest[name] * factor).min())
+        high = float((record.highest[name] * factor).max())
         ratios, errors = static_range_errors(tokens * factor, low, high, spec, self.grid)
         best = float(ratios[int(ranks.total(errors).argmin())])
-        return StaticRange(
-            best * low, best * high, spec, self.step_size if self.reconstruct else None
-        )
+        learn = self.step_size if self.reconstruct else None
+        return StaticRange(best * low, best * high, spec, learn)
 
     def _rounding(self, weight: Tensor) -> NearestRounding | AdaptiveRounding:
         absmax = weight_range(weight, self.weight)
@@ -205,8 +220,9 @@ class PTQ4DiT(Reconstruction):
             if isinstance(layer.rounding, AdaptiveRounding)
         ]
         groups = [{"name": "rounding", "params": logits, "lr": self.lr, "schedule": lambda _: 1.0}]
-        ranges = (transform.static for transform in unit.transforms)
-        learned = [p for static in ranges if static is not None for p in static.parameters()]
+        ranges: list[nn.Module | None] = [transform.static for transform in unit.transforms]
+        ranges += [products.ranges for products in unit.attentions.values()]
+        learned = [p for fixed in ranges if fixed is not None for p in fixed.parameters()]
         if learned:
             groups.append(
                 {

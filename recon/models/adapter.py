@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from recon.errors import CapabilityMissing, ConfigError, WeightsError
+from recon.models.attention import Product
 from recon.models.folder import read_json, require_class, require_folder
 from recon.models.weights import WeightStore
 from recon.types import Sample, State
@@ -80,6 +81,77 @@ class FoldsScales(Protocol):
             CapabilityMissing: A name is not foldable, or a producer cannot take a scale.
             ConfigError: A scale has another shape than the input has channels.
             NumericsError: A scale is not positive and finite.
+        """
+        ...
+
+
+@runtime_checkable
+class ReplacesAttention(Protocol):
+    """softmax(QKᵀ)V of a block can be computed by a module of ours, quantised or watching."""
+
+    def attentions(self, block_name: str) -> tuple[str, ...]:
+        """Names of the block's attention modules relative to it, in call order."""
+        ...
+
+    def replace_attention(self, module: nn.Module, name: str, product: Product | None) -> None:
+        """Lets `product` compute the products of one attention, in place.
+
+        Args:
+            module: A block as `ModelAdapter.block` gives it, or a whole network.
+            name: Of the attention inside `module`.
+            product: Gets query, key and value [batch, heads, tokens, channels] after everything
+                that the family does to them, the query unscaled. None: the family's own kernel.
+
+        Raises:
+            CapabilityMissing: The attention is of a variant this adapter does not know.
+        """
+        ...
+
+
+@runtime_checkable
+class SeesPictures(Protocol):
+    """Pictures enter the token stream as features that a vision network of its own makes.
+
+    Needed by methods that quantise or tune that network, or weight its tokens.
+    """
+
+    def image_tokens(self, sample: Sample) -> Tensor:
+        """Bool [1, tokens]: True where a token stands for a picture."""
+        ...
+
+    def vision_network(self, device: Device) -> nn.Module:
+        """A fresh full-precision vision tower with its projector, eval, without gradients.
+
+        Each call reads weights of its own, which may be written to.
+        """
+        ...
+
+    def vision_groups(self) -> tuple[InputGroup, ...]:
+        """Linears of `vision_network` that may be quantised, each once, by input, in call order.
+
+        Names are relative to that module.
+        """
+        ...
+
+    def vision_output(self, network: nn.Module, sample: Sample) -> Tensor:
+        """Features [image tokens, channels] as they are inserted; differentiable.
+
+        Args:
+            network: As `vision_network` gives it, its linears quantised or not.
+            sample: One with pictures.
+        """
+        ...
+
+    def embed_features(self, sample: Sample, features: Tensor | None, device: Device) -> State:
+        """The state that enters the first block with these features; differentiable in them.
+
+        Args:
+            sample: What `ModelAdapter.embed` takes.
+            features: As `vision_output` gives them; None for a sample without pictures.
+            device: Where the state goes.
+
+        Raises:
+            ConfigError: The features are not as many as the sample has tokens for.
         """
         ...
 
@@ -194,7 +266,7 @@ class ModelAdapter(ABC):
         """
         self.check_description()
         self.weights.check()
-        self.weights.check_fits({n: tuple(t.shape) for n, t in self._meta.state_dict().items()})
+        self.weights.check_fits(self._stored_shapes())
         for name in self.block_names:
             self._check_groups(name)
 
@@ -341,6 +413,10 @@ class ModelAdapter(ABC):
     @cached_property
     def _meta(self) -> nn.Module:
         return self.empty_network()
+
+    def _stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor that the files must hold."""
+        return {name: tuple(tensor.shape) for name, tensor in self._meta.state_dict().items()}
 
     def _read_block(self, name: str, device: Device) -> dict[str, Tensor]:
         """Weights of a block from the files, by their name in it."""

@@ -13,11 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from recon.errors import CapabilityMissing, ConfigError, NumericsError
+from recon.layers.quant_attention import QuantAttention
 from recon.layers.tree import shared_copy
 from recon.models.adapter import Device, InputGroup, ModelAdapter
+from recon.models.attention import Product, set_product
 from recon.models.folder import read_json
 from recon.models.folding import scale_norm, scale_rows
-from recon.models.image_pipeline import ImagePipeline, Sampler, check_classes, check_steps
+from recon.models.image_pipeline import (
+    ImagePipeline,
+    Sampler,
+    check_classes,
+    check_steps,
+    checked_vae,
+)
 from recon.models.weights import placed
 from recon.types import Sample, State
 
@@ -191,12 +199,16 @@ class DiT(ModelAdapter):
             for number, name in entries.items()
         }
 
-    def check_steps(self, steps: int) -> None:
-        """Refuse a number of sampling steps that the pipeline's sampler cannot take.
+    def check_sampling(self, steps: int) -> None:
+        """Refuse what `pipeline` would stumble over: steps that the sampler cannot take, the VAE.
+
+        Of the VAE's weights the headers are read.
 
         Raises:
-            ConfigError: As said; or the scheduler's description is missing.
+            ConfigError: The number of steps; or a description is missing or of another class.
+            WeightsError: The VAE's weights are missing or damaged.
         """
+        checked_vae(self.folder, self.vae)
         file = self.folder / "scheduler" / "scheduler_config.json"
         known = read_json(file, type(self).__name__).get("num_train_timesteps", 1000)
         check_steps(steps, self.sampler, known)
@@ -331,6 +343,18 @@ class DiT(ModelAdapter):
         stream = state["hidden_states"]
         return stream.new_ones(stream.shape[:2], dtype=torch.bool)
 
+    def attentions(self, block_name: str) -> tuple[str, ...]:
+        """The block's one self-attention."""
+        return ("attn1",)
+
+    def replace_attention(self, module: nn.Module, name: str, product: Product | None) -> None:
+        """Lets `product` compute the products of one attention, in place.
+
+        Raises:
+            CapabilityMissing: The attention is of a variant this adapter does not know.
+        """
+        set_product(module.get_submodule(name), product)
+
     # Whole networks
 
     def network(self, device: Device) -> nn.Module:
@@ -413,6 +437,13 @@ class DiT(ModelAdapter):
         inner = cast(int, to_v.out_features)
         for name, scale in scales.items():
             self._check_scale(name, scale, inner if name == "attn1.to_out.0" else width)
+        quantized = any(isinstance(part, QuantAttention) for part in block.modules())
+        if quantized and "attn1.to_out.0" in scales:
+            raise CapabilityMissing(
+                "A scale for attn1.to_out.0 is folded into to_v, but the attention quantises what "
+                "to_v puts out: its range would be another one. Leave this scale to the layer's "
+                "own transform, or set model.quantize_attention: false."
+            )
         for name, scale in scales.items():
             if name not in MODULATED:
                 scale_rows(to_v, scale)

@@ -277,16 +277,9 @@ class ImagePipeline:
     def _vae(self, given: str | Path | None) -> Any:
         from diffusers import AutoencoderKL
 
-        folder = self.folder / "vae" if given is None else Path(given).expanduser()
-        if given is not None:
-            require_folder(folder, "vae", "stabilityai/sd-vae-ft-mse")
-        file = folder / "config.json"
-        owner = type(self).__name__
-        require_class(file, read_json(file, owner), ("AutoencoderKL",), owner)
-        weights = WeightStore(folder)
-        weights.check()
+        weights = checked_vae(self.folder, given)
         vae = AutoencoderKL.from_pretrained(
-            folder, variant=weights.variant, local_files_only=True, low_cpu_mem_usage=False
+            weights.folder, variant=weights.variant, local_files_only=True, low_cpu_mem_usage=False
         )
         # Not vae.to(...): diffusers warns there of layers kept in float32, naming none.
         nn.Module.to(vae, self.device, self.dtype)
@@ -307,6 +300,27 @@ class ImagePipeline:
                 f"{self.folder / 'model_index.json'}. Give the number of the one you mean."
             )
         return number
+
+
+def checked_vae(pipeline: Path, given: str | Path | None) -> WeightStore:
+    """The weights of the AutoencoderKL, whose headers alone are read.
+
+    Args:
+        pipeline: Pipeline folder.
+        given: The VAE's own folder; None: `vae` in the pipeline folder.
+
+    Raises:
+        ConfigError: The folder or its description is missing or of another class.
+        WeightsError: The weights are missing, cut short or damaged.
+    """
+    folder = pipeline / "vae" if given is None else Path(given).expanduser()
+    if given is not None:
+        require_folder(folder, "vae", "stabilityai/sd-vae-ft-mse")
+    file = folder / "config.json"
+    require_class(file, read_json(file, "ImagePipeline"), ("AutoencoderKL",), "ImagePipeline")
+    weights = WeightStore(folder)
+    weights.check()
+    return weights
 
 
 def check_steps(steps: int, sampler: Sampler, known: int) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,10 +53,15 @@ class WeightStore:
 
     Args:
         folder: Folder that holds the files. Nothing is read before it is needed.
+        rename: Gives the network's name of a stored tensor, None for one it has no place for;
+            without it tensors keep their stored names. All names here are the network's.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(
+        self, folder: str | Path, rename: Callable[[str], str | None] | None = None
+    ) -> None:
         self.folder = Path(folder)
+        self._rename = rename
 
     def check(self) -> None:
         """Refuse missing, cut or foreign files; reads headers only.
@@ -149,7 +154,8 @@ class WeightStore:
             try:
                 with safe_open(str(file), framework="pt", device="cpu") as tensors:
                     for name in wanted:
-                        loaded[name] = placed(tensors.get_tensor(name), dtype, device)
+                        stored = tensors.get_tensor(self._stored[name])
+                        loaded[name] = placed(stored, dtype, device)
             except SafetensorError as error:
                 raise WeightsError(f"{file} cannot be read: {error}. {REMEDY}.") from error
         return {name: loaded[name] for name in names}
@@ -217,6 +223,26 @@ class WeightStore:
     @cached_property
     def _places(self) -> dict[str, Path]:
         """File of every tensor."""
+        return {name: self._files[stored] for name, stored in self._stored.items()}
+
+    @cached_property
+    def _stored(self) -> dict[str, str]:
+        """Stored name of every tensor."""
+        if self._rename is None:
+            return {name: name for name in self._files}
+        found: dict[str, str] = {}
+        for stored in self._files:
+            name = self._rename(stored)
+            if name is not None and found.setdefault(name, stored) != stored:
+                raise WeightsError(
+                    f"{self.folder} holds {found[name]} and {stored}, which are both {name} of the "
+                    "network. The files are of two releases of one checkpoint: keep one of them."
+                )
+        return found
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        """File of every stored name."""
         held = {name: file for file, header in self._headers.items() for name in header.tensors}
         index, _ = self._index_file
         for name, shard in (_read_index(index) if index else {}).items():
@@ -228,7 +254,7 @@ class WeightStore:
         return held
 
     def _entry(self, name: str) -> Mapping[str, Any]:
-        return self._headers[self._places[name]].tensors[name]
+        return self._headers[self._places[name]].tensors[self._stored[name]]
 
     def _require(self, names: Iterable[str]) -> None:
         missing = sorted(set(names) - set(self._places))

@@ -48,6 +48,15 @@ def random_scenes(seed: int, count: int) -> list[Scene]:
     return drawn
 
 
+def scenes_of(labels: Iterable[int], seed: int) -> list[Scene]:
+    """A scene of each class label, in order."""
+    rng = random.Random(seed)
+    return [
+        random_scene(attributes_of(label), rng, frames=1, height=SIDE, width=SIDE)
+        for label in labels
+    ]
+
+
 def pictures(scenes: Iterable[Scene]) -> Tensor:
     """Rendered scenes for the autoencoder, [batch, 3, 64, 64] in [-1, 1]."""
     return torch.stack([draw_frame(scene, height=SIDE, width=SIDE) for scene in scenes]) * 2 - 1

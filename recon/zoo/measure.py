@@ -1,6 +1,6 @@
-"""Measure an embedded teacher with the world's oracle: `python -m recon.zoo.measure video`.
+"""Measure an embedded model with the world's oracle: `python -m recon.zoo.measure video`.
 
-Samples the folder through the stock pipeline, one seed per sample, and writes JSON to the standard
+Teachers are sampled through the stock pipeline, one seed per sample; JSON goes to the standard
 output. The model cards' numbers come from here.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from recon.zoo import folder, image_measure, video_measure
+from recon.zoo import classifier_measure, folder, image_measure, video_measure
 
 _MEASUREMENTS: Mapping[
     str,
@@ -24,17 +24,18 @@ _MEASUREMENTS: Mapping[
     {
         "video": (video_measure.add_options, video_measure.measure),
         "image": (image_measure.add_options, image_measure.measure),
+        "classifier": (classifier_measure.add_options, classifier_measure.measure),
     }
 )
-"""Teacher -> what adds its options, and what measures a folder with them."""
+"""Model -> what adds its options, and what measures a folder with them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure the teacher that the command line names and write the numbers as JSON."""
+    """Measure the model that the command line names and write the numbers as JSON."""
     parser = argparse.ArgumentParser(prog="python -m recon.zoo.measure", description=__doc__)
     teachers = parser.add_subparsers(dest="teacher", required=True)
     for name, (add_options, _) in _MEASUREMENTS.items():
-        options = teachers.add_parser(name, help=f"the {name} teacher")
+        options = teachers.add_parser(name, help=f"the embedded {name} model")
         options.add_argument("--folder", type=Path, help="default: the shipped folder")
         options.add_argument("--seed", type=int, default=1000)
         add_options(options)

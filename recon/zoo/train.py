@@ -1,4 +1,4 @@
-"""Reproduce an embedded teacher: `python -m recon.zoo.train video --seed 0 --out FOLDER`."""
+"""Reproduce an embedded model: `python -m recon.zoo.train video --seed 0 --out FOLDER`."""
 
 import argparse
 import logging
@@ -10,19 +10,26 @@ from typing import Any
 
 import torch
 
-from recon.zoo import image_recipe, image_training, video_recipe, video_training
+from recon.zoo import (
+    classifier_training,
+    image_recipe,
+    image_training,
+    video_recipe,
+    video_training,
+)
 
 _TRAININGS: Mapping[str, tuple[type[Any], Callable[[Any, Path], None]]] = MappingProxyType(
     {
         "video": (video_recipe.Recipe, video_training.train),
         "image": (image_recipe.Recipe, image_training.train),
+        "classifier": (classifier_training.Recipe, classifier_training.train),
     }
 )
-"""Teacher -> its recipe, every field of which is an option, and what it trains with."""
+"""Model -> its recipe, every field of which is an option, and what it trains with."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train the teacher that the command line names and write its folder."""
+    """Train the model that the command line names and write its folder."""
     given = vars(_parser().parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     teacher, out, threads = (given.pop(name) for name in ("teacher", "out", "threads"))
@@ -33,11 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Command line with one subcommand per teacher."""
+    """Command line with one subcommand per model."""
     parser = argparse.ArgumentParser(prog="python -m recon.zoo.train", description=__doc__)
     teachers = parser.add_subparsers(dest="teacher", required=True)
     for name, (recipe, _) in _TRAININGS.items():
-        options = teachers.add_parser(name, help=f"the {name} teacher")
+        options = teachers.add_parser(name, help=f"the embedded {name} model")
         options.add_argument("--out", type=Path, help="default: the shipped folder, replaced")
         options.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
         for field in fields(recipe):

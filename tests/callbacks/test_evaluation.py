@@ -16,18 +16,17 @@ from torch import Tensor, distributed, multiprocessing
 from torch.utils.data import DataLoader
 
 from recon.callbacks import evaluation
-from recon.callbacks.evaluation import (
-    PairedMetrics,
+from recon.callbacks.evaluation import PairedMetrics, world_oracle
+from recon.callbacks.evaluation_result import summarise
+from recon.callbacks.gathering import gather_rows
+from recon.callbacks.quality import (
     bootstrap_interval,
     frame_similarity,
-    gather_rows,
     lpips_unavailable,
     psnr,
     ssim,
-    summarise,
     temporal_consistency,
     temporal_difference,
-    world_oracle,
 )
 from recon.callbacks.samples import (
     MediaLogger,

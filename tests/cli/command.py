@@ -31,6 +31,29 @@ def fit_arguments(root: Path, teacher: Path, *more: str, config: str = "s2q_vdit
     ]
 
 
+def image_arguments(
+    root: Path, teacher: Path, *more: str, config: str = "ptq4dit", steps: int | None = 5
+) -> list[str]:
+    """The same on images; `more` may hold further configurations, and `steps` are a unit's."""
+    return [
+        *("fit", "--config", str(CONFIGS / f"{config}.yaml"), *more),
+        *("--trainer.default_root_dir", str(root), "--trainer.accelerator", "cpu"),
+        *("--wandb", "false", "--media.after_fit", "2", "--media.count", "2"),
+        *("--model.adapter.init_args.folder", str(teacher)),
+        *(() if steps is None else ("--model.steps", str(steps))),
+        *("--model.batch_size", "4", "--model.micro_batch", "2"),
+        *("--data.timesteps", "3", "--data.samples_per_timestep", "2"),
+        *("--data.steps", "5", "--data.held_out_samples", "3"),
+        *("--data.num_test_images", "4", "--data.test_batch_size", "3"),
+    ]
+
+
+def contents(root: Path) -> dict[Path, tuple[int, int]]:
+    """Size and time of every file, to see that nothing was written."""
+    files = (path for path in root.rglob("*") if path.is_file())
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
 def process(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
     """`python -m recon` in a process group of its own, in a folder of its own."""
     log.parent.mkdir(parents=True, exist_ok=True)

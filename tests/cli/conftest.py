@@ -10,13 +10,20 @@ import pytest
 
 from recon.cli import main
 from tests.cli.command import fit_arguments
-from tests.models.tiny import write_tiny_cogvideox
+from tests.models.tiny import write_tiny_cogvideox, write_tiny_dit
 
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three 2B-like blocks with VAE, text encoder, tokenizer and scheduler."""
     return write_tiny_cogvideox(tmp_path_factory.mktemp("pipeline"), layers=3, pipeline=True)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two blocks of DiT's layout with VAE and scheduler, six classes."""
+    folder = tmp_path_factory.mktemp("images")
+    return write_tiny_dit(folder, layers=2, classes=6, pipeline=True)
 
 
 @pytest.fixture(scope="session")

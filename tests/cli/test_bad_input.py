@@ -10,7 +10,7 @@ import pytest
 
 from recon.cli.failures import sentence
 from recon.errors import ConfigError
-from tests.cli.command import finished, fit_arguments
+from tests.cli.command import contents, finished, fit_arguments
 
 Call = Callable[[list[str]], tuple[int, str]]
 
@@ -115,11 +115,6 @@ def test_a_batch_that_does_not_divide_among_processes(
 def taken(finished_run: Path, tmp_path: Path) -> Path:
     shutil.copytree(finished_run, tmp_path / "run")
     return tmp_path / "run"
-
-
-def contents(root: Path) -> dict[Path, tuple[int, int]]:
-    files = (path for path in root.rglob("*") if path.is_file())
-    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
 @pytest.mark.parametrize("given", ["last", "path"])

@@ -1,15 +1,19 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import pytest
+import yaml
 
 from recon.cli import table as room
 from recon.cli.table import Row, markdown, table
 from recon.errors import ReconError
+from tests.cli.command import CONFIGS
 
 
-def pretend(calls: list[list[str]], fail: str = "") -> object:
+def pretend(calls: list[list[str]], fail: str = "") -> Callable[[list[str], Path], None]:
     """In place of a process: writes what the real one would, and a result that tells the row."""
     busy: dict[str, Lock] = {}
 
@@ -58,8 +62,70 @@ def test_rows_are_run_once_and_printed_with_their_spread(
 
 
 def test_the_ablation_is_one_method_under_four_settings() -> None:
-    assert room.METHODS["s2q_base"][0] == room.METHODS["s2q_vdit"][0] == "s2q_vdit"
-    assert set(room.METHODS["s2q_base"][1]) == {*room.NO_SDS, *room.NO_STD}
+    methods = room.TEACHERS["video"].methods
+    assert methods["s2q_base"][0] == methods["s2q_vdit"][0] == ("s2q_vdit",)
+    assert set(methods["s2q_base"][1]) == {*room.NO_SDS, *room.NO_STD}
+
+
+def test_on_images_all_rows_share_teacher_bits_and_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[list[str]] = []
+    imitated = pretend([])
+
+    def call(arguments: list[str], root: Path) -> None:
+        commands.append(arguments)
+        imitated(arguments, root)
+
+    monkeypatch.setattr(room, "_call", call)
+    table(["--teacher", "image", "--folder", str(tmp_path), "--bits", "4:4", "--seeds", "0"])
+    fits = [command for command in commands if command[0] == "fit"]
+    assert len(fits) == len(room.TEACHERS["image"].methods)
+    assert [p.name for p in tmp_path.glob("calibration*")] == ["calibration-stratified-seed0"]
+    printed = capsys.readouterr().out
+    for name in room.TEACHERS["image"].methods:
+        assert f"| W4A4 | {name} |" in printed
+
+
+def test_the_two_by_two_of_ptq4dit_differs_in_one_key_a_step() -> None:
+    methods = room.TEACHERS["image"].methods
+    assert methods["ptq4dit"] == (("ptq4dit",), ())
+    assert methods["ptq4dit_reconstruction"] == (("ptq4dit",), ("--model.balance", "none"))
+    assert methods["ptq4dit_balancing"] == (("ptq4dit",), ("--model.reconstruct", "false"))
+    both = methods["ptq4dit_reconstruction"][1] + methods["ptq4dit_balancing"][1]
+    assert methods["ptq4dit_neither"] == (("ptq4dit",), both)
+
+
+def merged(names: tuple[str, ...]) -> dict[str, Any]:
+    """Settings of configurations laid over each other, as far as they are mappings."""
+
+    def over(below: Any, above: Any) -> Any:
+        if not (isinstance(below, dict) and isinstance(above, dict)):
+            return above
+        return below | {k: over(below.get(k), v) for k, v in above.items()}
+
+    result: dict[str, Any] = {}
+    for name in names:
+        result = over(result, yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()))
+    return result
+
+
+@pytest.mark.parametrize("name", room.TEACHERS["image"].methods)
+def test_every_row_on_images_has_the_teacher_data_and_batches_of_ptq4dit(name: str) -> None:
+    reference = merged(("ptq4dit",))
+    found = merged(room.TEACHERS["image"].methods[name][0])
+    for key in ("adapter", "weight", "batch_size", "micro_batch", "threads"):
+        assert found["model"]["init_args"][key] == reference["model"]["init_args"][key]
+    assert found["data"] == reference["data"]
+    if "steps" in found["model"]["init_args"]:
+        for key in ("steps", "lr"):
+            assert found["model"]["init_args"][key] == reference["model"]["init_args"][key]
+
+
+def test_a_method_of_the_other_teacher_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        table(["--teacher", "image", "--methods", "s2q_vdit"])
+    assert "--methods s2q_vdit is none of smoothquant" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_stops_the_table_and_names_its_log(tmp_path: Path) -> None:

@@ -119,7 +119,10 @@ def test_a_set_is_used_again_and_one_of_another_selection_refused(
         ({"num_trajectories": 2}, r"top_k is 12, but 2 prompts at 4 of 10 steps give 8"),
         ({"guidance": 1.0}, "branches is both, but guidance 1.0"),
         ({"steps": 3, "timesteps": 3}, "steps is 3, which does not divide 1000"),
-        ({"steps": 5, "num_trajectories": 2}, r"top_k is 12, but 2 prompts .* give"),
+        (
+            {"steps": 5, "num_trajectories": 2},
+            r"samples_per_timestep 3 are 12 samples, but .* give only 10",
+        ),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_sampled(

@@ -1,3 +1,6 @@
+import json
+import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -5,17 +8,29 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import recon
+from recon.engine.checkpoints import written
 from recon.engine.sampling import network
 from recon.engine.stage_data import run_blocks, timestep_rows
-from recon.errors import ConfigError
+from recon.errors import CapabilityMissing, ConfigError
+from recon.layers.static_range import StaticRange
 from recon.methods.ptq4dit import PUBLISHED_TOKENS, PTQ4DiT
+from recon.models.cogvideox import CogVideoX
 from recon.models.dit import DiT
+from recon.quantizers.affine import static_grid
 from recon.quantizers.spec import QuantSpec
-from tests.engine.tiny_run import fit, quantized_bytes, write_samples
-from tests.models.tiny import tiny_image_sample, write_tiny_dit
+from tests.engine.tiny_run import (
+    Interruption,
+    Soft,
+    assert_same,
+    fit,
+    quantized_bytes,
+    write_samples,
+)
+from tests.models.tiny import tiny_image_sample, write_tiny_cogvideox, write_tiny_dit
 from tests.reference import ptq4dit as reference
 
 
@@ -135,6 +150,9 @@ SWITCHES: list[dict[str, Any]] = [
     {"activation": STATIC, "reconstruct": False},
     {"activation": STATIC, "step_size": "absolute", "step_lr": 4e-5},
     {"activation": QuantSpec(num_bits=8, strategy="tensor")},
+    {"quantize_attention": True},
+    {"quantize_attention": True, "activation": STATIC},
+    {"quantize_attention": True, "activation": STATIC, "reconstruct": False},
     {"inputs": "mix"},
     {"inputs": "full_precision"},
     {"adaln": "fp"},
@@ -156,6 +174,146 @@ def test_every_switch_runs_and_changes_what_it_should(
     with torch.no_grad():
         outputs = [net(**sample, return_dict=False)[0] for net in (whole, loaded)]
     assert torch.equal(*outputs)
+
+
+def test_ranges_of_attention_come_from_the_unbalanced_operands_of_all_samples(
+    teacher: Path, samples: Path, tmp_path: Path
+) -> None:
+    def look(module: LightningModule) -> None:
+        assert isinstance(module, PTQ4DiT)
+        assert module.opened is not None
+        (name, products), *others = module.opened.attentions.items()
+        assert not others
+        # Full range: with a grid of two ratios and 8 bits the narrow one, 0.2, costs more.
+        for operand, linear in (("query", "to_q"), ("key", "to_k"), ("value", "to_v")):
+            layer = module.opened.groups[1].linears[f"{name}.{linear}"]
+            inputs = inputs_of(module, f"attn1.{linear}")
+            outputs = torch.cat([layer(x).detach() for x in inputs.values()])
+            if operand == "query":
+                outputs = outputs / 16**0.5
+            step, zero_point = static_grid(float(outputs.min()), float(outputs.max()), STATIC)
+            found = products.ranges[operand]
+            assert isinstance(found, StaticRange)
+            assert found.log_step is not None
+            assert float(found.log_step.detach().exp()) == pytest.approx(step, rel=1e-4)
+            assert float(found.zero_point) == zero_point
+        probability = products.ranges["probability"]
+        assert isinstance(probability, StaticRange)
+        assert probability.spec.num_bits == 6
+        assert float(probability.zero_point) == 0
+        learned = {
+            id(p) for group in module.parameter_groups(module.opened) for p in group["params"]
+        }
+        assert {id(p) for p in products.parameters()} <= learned
+        assert len(list(products.parameters())) == 4
+
+    looked = First(look)
+    attended = method(teacher, activation=STATIC, quantize_attention=True, softmax_bits=6, grid=2)
+    fit(tmp_path, attended, samples, looked)
+    assert looked.seen
+    manifest = json.loads((tmp_path / "quantized" / "manifest.json").read_text())
+    assert manifest["attentions"]["transformer_blocks.1.attn1"]["softmax_bits"] == 6
+
+
+@pytest.mark.parametrize("step", [4, 9])
+def test_learned_steps_of_attention_continue_bit_for_bit(
+    step: int, teacher: Path, samples: Path, tmp_path: Path
+) -> None:
+    def make() -> PTQ4DiT:
+        return method(teacher, activation=STATIC, quantize_attention=True, step_lr=0.05)
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+            if trainer.global_step == step:
+                raise Interruption
+
+    whole, after, module = Soft(), Soft(), make()
+    fit(tmp_path / "whole", module, samples, whole)
+    with pytest.raises(Interruption):
+        fit(tmp_path / "stopped", make(), samples, Stop())
+    again, newest = make(), str(written(tmp_path / "stopped")[0])
+    fit(tmp_path / "stopped", again, samples, after, ckpt_path=newest)
+    steps = sorted(after.after)
+    assert steps[0] > step - 2
+    assert steps[-1] == 12
+    assert any(".attn1" in key or "/attn1.ranges" in key for key in after.after[12])
+    for number, state in after.after.items():
+        assert_same(state, whole.after[number])
+    assert quantized_bytes(tmp_path / "stopped") == quantized_bytes(tmp_path / "whole")
+    assert again.final_error == module.final_error
+
+
+def test_attention_is_quantised_where_the_family_lets_it_be(teacher: Path, tmp_path: Path) -> None:
+    video = write_tiny_cogvideox(tmp_path)
+    refused = PTQ4DiT(adapter=CogVideoX(str(video)), quantize_attention=True)
+    with pytest.raises(CapabilityMissing, match="CogVideoX does not let be replaced"):
+        refused.check()
+    method(teacher, quantize_attention=True).check()
+    with pytest.raises(ConfigError, match=r"softmax_bits must lie in \[2, 8\], got 9"):
+        method(teacher, quantize_attention=True, softmax_bits=9).check()
+    with pytest.raises(ConfigError, match=r"model\.activation is null"):
+        method(teacher, quantize_attention=True, activation=None).check()
+
+
+def edited(source: Path, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """A copy of a teacher with other weights."""
+    shutil.copytree(source, folder)
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+def kill_channels(tensors: dict[str, Tensor]) -> None:
+    """In the first block a dead input channel, a dead weight column, and an attention of zeros."""
+    block, width = "transformer_blocks.0", 32
+    for leaf, scale in (("weight", 0.0), ("bias", -1.0)):  # (1 + scale) LN(z) + shift = 0
+        tensors[f"{block}.norm1.linear.{leaf}"][3] = 0
+        tensors[f"{block}.norm1.linear.{leaf}"][width + 3] = scale
+        tensors[f"{block}.attn1.to_v.{leaf}"].zero_()
+    tensors[f"{block}.ff.net.0.proj.weight"][:, 5] = 0
+
+
+@pytest.mark.parametrize("activation", [STATIC, None], ids=["fixed ranges", "per token"])
+def test_dead_channels_and_ranges_of_nothing_give_finite_numbers(
+    activation: QuantSpec | None, teacher: Path, samples: Path, tmp_path: Path
+) -> None:
+    dead = edited(teacher, tmp_path / "teacher", kill_channels)
+    given = {} if activation is None else {"activation": activation}
+
+    def look(module: LightningModule) -> None:
+        assert isinstance(module, PTQ4DiT)
+        assert module.opened is not None
+        record = module.opened.record.absmax
+        assert float(record["transformer_blocks.0.attn1.to_q"][3]) == 0
+        assert float(record["transformer_blocks.0.attn1.to_out.0"].max()) == 0
+
+    looked, module = First(look), method(dead, quantize_attention=True, **given)
+    fit(tmp_path / "run", module, samples, looked)
+    assert looked.seen
+    assert 0 < module.final_error["reconstructed"] < 1
+    saved = load_file(tmp_path / "run" / "quantized" / "quantized.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in saved.values())
+    assert all(float(t.min()) > 0 for name, t in saved.items() if name.endswith(("scale", "step")))
+
+
+def equalise(tensors: dict[str, Tensor]) -> None:
+    """Every channel of the balanced linears gets the same largest weight."""
+    names = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj")
+    for key, tensor in tensors.items():
+        if key.endswith(tuple(f"{name}.weight" for name in names)):
+            tensor.copy_(0.1 * tensor.sign())
+
+
+def test_a_constant_salience_has_no_rank_and_ssc_is_then_the_mean(
+    teacher: Path, samples: Path, tmp_path: Path
+) -> None:
+    even = edited(teacher, tmp_path / "teacher", equalise)
+    for salience in ("ssc", "mean", "max"):
+        fit(tmp_path / salience, method(even, salience=salience), samples)
+    assert quantized_bytes(tmp_path / "ssc") == quantized_bytes(tmp_path / "mean")
+    assert quantized_bytes(tmp_path / "ssc") != quantized_bytes(tmp_path / "max")
 
 
 def test_one_sample_per_timestep_makes_no_difference_to_ssc_and_a_repeated_one_does(

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from recon.calibration.attention import AttentionColumnSums
 from recon.errors import CapabilityMissing, ConfigError, NumericsError, WeightsError
+from recon.layers.quant_attention import OPERANDS, QuantAttention
 from recon.layers.quant_linear import QuantLinear
 from recon.layers.rounding import AdaptiveRounding, NearestRounding
+from recon.layers.static_range import StaticRange
 from recon.layers.tree import replace, shared_copy
 from recon.models.adapter import ExposesAttention, FoldsScales, missing_attributes
 from recon.models.dit import MODULATED, DiT
@@ -22,6 +24,7 @@ from recon.models.weights import own_memory
 from recon.quantizers.spec import QuantSpec
 from tests.models.tiny import tiny_image_sample, write_tiny_dit
 
+TOKEN = QuantSpec(num_bits=8, strategy="token", dynamic=True)
 VARIANTS: dict[str, dict[str, Any]] = {
     "learned variance": {},
     "noise only": {"learned_variance": False},
@@ -201,6 +204,51 @@ def test_attention_of_a_block_is_one_call_over_all_tokens(tiny: Path) -> None:
     torch.testing.assert_close(sums.sums().sum(dim=1), torch.full((2,), 32.0))
 
 
+@torch.no_grad()
+def test_a_replaced_product_gets_the_kernels_operands_and_none_brings_the_kernel_back(
+    folder: Path,
+) -> None:
+    adapter = DiT(str(folder))
+    name = adapter.block_names[0]
+    block, seen = adapter.block(name, "cpu"), []
+    assert adapter.attentions(name) == ("attn1",)
+    state = adapter.embed(tiny_image_sample(adapter.config, 2), "cpu")
+    expected = adapter.forward_block(block, state)["hidden_states"]
+
+    def product(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        seen.append((query.shape, key.shape, value.shape))
+        return nn.functional.scaled_dot_product_attention(query, key, value)
+
+    adapter.replace_attention(block, "attn1", product)
+    assert torch.equal(adapter.forward_block(block, state)["hidden_states"], expected)
+    assert seen == [((2, 2, 16, 16),) * 3]  # batch, heads, tokens, channels
+    adapter.replace_attention(block, "attn1", lambda query, key, value: 0 * value)
+    assert not torch.equal(adapter.forward_block(block, state)["hidden_states"], expected)
+    adapter.replace_attention(block, "attn1", None)
+    assert torch.equal(adapter.forward_block(block, state)["hidden_states"], expected)
+    assert len(seen) == 1
+
+
+def test_an_attention_with_further_parts_is_refused(tiny: Path) -> None:
+    adapter = DiT(str(tiny))
+    block = adapter.block(adapter.block_names[0], "cpu")
+    block.get_submodule("attn1").norm_q = nn.LayerNorm(16)
+    with pytest.raises(CapabilityMissing, match="attention with norm_q cannot be replaced here"):
+        adapter.replace_attention(block, "attn1", QuantAttention(TOKEN, 8))
+
+
+def test_a_quantised_value_cannot_take_the_scale_of_the_projection(tiny: Path) -> None:
+    adapter = DiT(str(tiny))
+    block = adapter.block(adapter.block_names[0], "cpu")
+    adapter.replace_attention(block, "attn1", QuantAttention(TOKEN, 8))
+    before = {key: tensor.clone() for key, tensor in block.state_dict().items()}
+    scales = {name: torch.full((32,), 2.0) for name in ("attn1.to_q", "attn1.to_out.0")}
+    with pytest.raises(CapabilityMissing, match="the attention quantises what to_v puts out"):
+        adapter.fold(block, scales)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in block.state_dict().items())
+    adapter.fold(block, {"attn1.to_q": scales["attn1.to_q"]})
+
+
 def test_input_groups_name_every_linear_once_and_share_their_input(folder: Path) -> None:
     adapter = DiT(str(folder))
     name = adapter.block_names[1]
@@ -239,8 +287,22 @@ def test_a_block_equals_the_block_of_from_pretrained(folder: Path) -> None:
         assert not any(p.requires_grad for p in block.parameters())
 
 
+def fixed_products() -> QuantAttention:
+    spec = QuantSpec(num_bits=8, strategy="tensor", symmetric=False)
+    made = QuantAttention(spec, 8)
+    for operand in OPERANDS:
+        low = 0.0 if operand == "probability" else -1.0
+        made.ranges[operand] = StaticRange(low, 1.0, made.spec(operand), "log")
+    return made
+
+
 @pytest.mark.slow
-def test_a_block_may_be_compiled_once_for_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "products",
+    [lambda: None, lambda: QuantAttention(TOKEN, 8), fixed_products],
+    ids=["kernel", "per token", "fixed"],
+)
+def test_a_block_may_be_compiled_once_for_all(products: Any, tmp_path: Path) -> None:
     folder = write_tiny_dit(tmp_path, equal_embedders=False, layers=3)
     adapter = DiT(str(folder))
     state = adapter.embed(tiny_image_sample(adapter.config, 2), "cpu")
@@ -254,6 +316,7 @@ def test_a_block_may_be_compiled_once_for_all(tmp_path: Path) -> None:
     with torch.no_grad():
         for name in adapter.block_names:
             block = adapter.block(name, "cpu")
+            adapter.replace_attention(block, "attn1", products())
             expected = adapter.forward_block(block, state)["hidden_states"]
             torch.testing.assert_close(compiled(block, state)["hidden_states"], expected)
     assert len(graphs) == 1

@@ -90,8 +90,8 @@ def test_latents_have_unit_variance_and_the_autoencoder_keeps_the_scene(
     assert float(latents.std()) == pytest.approx(1, abs=0.15)
 
 
-def test_an_unknown_teacher_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"no embedded teacher 'audio'. Choose one of video"):
+def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"no embedded model 'audio'. Choose one of video"):
         zoo.folder("audio")
 
 

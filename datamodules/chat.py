@@ -1,0 +1,122 @@
+"""From conversations to what the network is called with, by the checkpoint's own processor."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recon.datamodules.questions import Example, parts
+from recon.errors import ConfigError
+from recon.models.vlm import VisionLanguageAdapter
+from recon.types import Sample
+
+IGNORED = -100
+"""Label of a token that is not the answer's."""
+
+
+class Chat:
+    """The processor of a checkpoint, with its chat template.
+
+    Every conversation is processed alone, so nothing is padded.
+
+    Args:
+        adapter: Names the folder, and what of a processor's output the network reads.
+
+    Raises:
+        ConfigError: The folder has no processor or no chat template, or the processor needs a
+            package that is not installed.
+    """
+
+    def __init__(self, adapter: VisionLanguageAdapter) -> None:
+        self.adapter = adapter
+        self.processor: Any = _processor(adapter.folder)
+
+    def prompt(self, example: Example) -> Sample:
+        """Inputs [1, tokens] that end where the answer begins.
+
+        Raises:
+            ConfigError: As `VisionLanguageAdapter.check_sample`; or pictures do not match markers.
+        """
+        turns = [{"role": role, "content": content} for role, content in parts(example)]
+        return self._inputs(turns, example, add_generation_prompt=True)
+
+    def forced(self, example: Example) -> Sample:
+        """Inputs with the answer behind the prompt, and `labels` of it, end of turn included.
+
+        Raises:
+            ConfigError: As `prompt`; or the template writes other tokens before an answer than it
+                does where one is asked for.
+        """
+        turns = [{"role": role, "content": content} for role, content in parts(example)]
+        said = {"role": "assistant", "content": [{"type": "text", "text": example.answer}]}
+        whole = self._inputs([*turns, said], example, add_generation_prompt=False)
+        asked = self._inputs(turns, example, add_generation_prompt=True)["input_ids"]
+        ids, length = whole["input_ids"], asked.shape[1]
+        if ids.shape[1] <= length or not torch.equal(ids[:, :length], asked):
+            raise ConfigError(
+                f"The chat template of {self.adapter.folder} writes other tokens before the answer "
+                f"to {example.question!r} than where it asks for one, so that the answer's tokens "
+                "cannot be told. Use the template saved with the checkpoint, or one whose "
+                "generation prompt is what precedes an answer."
+            )
+        labels = ids.clone()
+        labels[:, :length] = IGNORED
+        return {**whole, "labels": labels}
+
+    def text(self, tokens: Tensor) -> str:
+        """Tokens [tokens] in words, without special ones."""
+        return str(self.processor.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """Ids that end an answer, by the tokenizer."""
+        end = self.processor.tokenizer.eos_token_id
+        return [] if end is None else [int(end)]
+
+    def _inputs(
+        self, turns: list[dict[str, Any]], example: Example, *, add_generation_prompt: bool
+    ) -> Sample:
+        try:
+            found: Mapping[str, Tensor] = self.processor.apply_chat_template(
+                turns,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                add_generation_prompt=add_generation_prompt,
+            )
+        except (ValueError, IndexError, StopIteration) as error:
+            raise ConfigError(
+                f"The processor of {self.adapter.folder} cannot read {example.question!r} with "
+                f"{len(example.pictures)} pictures: {error}. Check the texts for words that the "
+                "processor reads as pictures."
+            ) from error
+        kept = {"input_ids", *self.adapter.picture_inputs}
+        sample = {name: tensor for name, tensor in found.items() if name in kept}
+        self.adapter.check_sample(sample)
+        return sample
+
+
+def _processor(folder: Path) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except ImportError as error:
+        raise ConfigError(
+            f"The processor of {folder} needs a package that is not installed: "
+            f"{' '.join(str(error).split())[:200]}. Processors that read videos too (Qwen2-VL, "
+            "Qwen2.5-VL, InternVL, SmolVLM) need torchvision: pip install 'recon-ptq[vlm]'."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{folder} has no processor that can be read: {error}. Copy its files (processor, "
+            "tokenizer, chat template) from the checkpoint into the folder."
+        ) from error
+    if getattr(processor, "tokenizer", None) is None or not processor.chat_template:
+        raise ConfigError(
+            f"The processor in {folder} has no chat template, so conversations cannot be written "
+            "as the model was trained on them. Add chat_template.jinja of the checkpoint."
+        )
+    return processor

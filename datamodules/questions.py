@@ -1,0 +1,274 @@
+"""Questions about pictures, with answers: from the embedded world or a `datasets` folder."""
+
+import hashlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from PIL import Image
+
+from recon.errors import ConfigError
+from recon.zoo.world import Split
+
+MARKER = "<image>"
+"""Stands in a text for a picture. Source: LLaVA's conversation files."""
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+"""Names of the two speakers in conversation files, and the chat templates' words for them."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation that ends with the answer."""
+
+    turns: tuple[tuple[str, str], ...]
+    """(`user` or `assistant`, text) in order, the first and the last but one the user's; a marker
+    `<image>` in a text stands for the next picture, and without any the pictures come first."""
+    answer: str
+    pictures: tuple[Image.Image, ...] = ()
+    kind: str = "all"
+    """What accuracies are told apart by."""
+    choices: tuple[str, ...] | None = None
+    """What the answer, then a letter, is chosen from; None where it is free."""
+
+    @property
+    def question(self) -> str:
+        """The user's last text."""
+        return self.turns[-1][1]
+
+    @property
+    def content(self) -> str:
+        """Hash of pictures and texts without the answer, blind to case and spaces."""
+        digest = hashlib.sha256()
+        for picture in self.pictures:
+            pixels = picture.convert("RGB")
+            digest.update(f"{pixels.size}".encode() + pixels.tobytes())
+        for role, text in self.turns:
+            digest.update(f"\0{role}\0{' '.join(text.lower().split())}".encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a dataset hold what: the `columns.*` keys.
+
+    Either `conversation` is set, or question and answer. Columns that are null are not read.
+
+    Raises:
+        ConfigError: Neither a conversation nor question and answer are named.
+    """
+
+    image: str | None = "image"
+    """A picture, a list of pictures, or empty for a text alone."""
+    question: str | None = "question"
+    answer: str | None = "answer"
+    """Text; with choices also a choice's number, counted from 0, or its letter."""
+    choices: str | None = None
+    """List of texts. Source: ScienceQA."""
+    hint: str | None = None
+    """Text put before the question. Source: ScienceQA."""
+    kind: str | None = None
+    """What accuracies are told apart by, such as `subject`."""
+    conversation: str | None = None
+    """List of turns, each with `role` and `content`, or `from` and `value`; the last is the
+    answer. Source: LLaVA's conversation files."""
+
+    def __post_init__(self) -> None:
+        """Refuse a mapping that makes no question."""
+        if self.conversation is None and (self.question is None or self.answer is None):
+            raise ConfigError(
+                "columns names neither a conversation nor both question and answer. Set "
+                "columns.conversation, or columns.question and columns.answer."
+            )
+
+    def named(self) -> dict[str, str]:
+        """Columns that are read, by field."""
+        unread = (
+            ("question", "answer", "choices", "hint") if self.conversation else ("conversation",)
+        )
+        return {k: v for k, v in vars(self).items() if v is not None and k not in unread}
+
+
+def world_examples(split: Split, count: int, seed: int) -> Iterator[Example]:
+    """Questions of the embedded world, kinds in turn, half of them with choices."""
+    from recon.zoo.vlm_questions import records  # type: ignore[import-not-found,unused-ignore]
+
+    return (
+        Example(
+            turns=(("user", record.prompt),),
+            answer=record.answer,
+            pictures=(record.picture,),
+            kind=record.kind,
+            choices=record.choices,
+        )
+        for record in records(seed, count, split)
+    )
+
+
+def dataset_examples(
+    path: str, split: str, columns: Columns, seed: int | None, key: str
+) -> Iterator[Example]:
+    """All examples of a local dataset, each read when it is asked for.
+
+    Args:
+        path: What `Dataset.save_to_disk` wrote, or a folder of files that `load_dataset` reads.
+        split: Taken where the dataset has several.
+        columns: Which columns hold what.
+        seed: Shuffles them; None: as they stand.
+        key: Configuration key, for messages.
+
+    Raises:
+        ConfigError: Nothing is there, a mapped column is missing, or a row holds something else
+            than it should.
+    """
+    rows = _opened(path, split, key)
+    missing = {f: c for f, c in columns.named().items() if c not in rows.column_names}
+    if missing:
+        field, column = next(iter(missing.items()))
+        raise ConfigError(
+            f"columns.{field} is {column!r}, but {key} ({path}) has the columns "
+            f"{sorted(rows.column_names)}. Name the one that holds it, or set it to null."
+        )
+    order = list(range(len(rows)))
+    if seed is not None:
+        random.Random(seed).shuffle(order)
+    return (_example(rows[index], columns, f"{path}, row {index}") for index in order)
+
+
+def unlike(examples: Iterator[Example], count: int | None, key: str) -> list[Example]:
+    """The first `count` examples of different content, all of them if None.
+
+    Raises:
+        ConfigError: There are fewer.
+    """
+    found: dict[str, Example] = {}
+    for example in examples:
+        if len(found) == count:
+            break
+        found.setdefault(example.content, example)
+    if count is not None and len(found) < count:
+        raise ConfigError(
+            f"{count} different examples are asked of {key}, which has {len(found)}. Ask for "
+            "fewer, or add some."
+        )
+    return list(found.values())
+
+
+def parts(example: Example) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The turns as chat templates take them: role and content, pictures in their places.
+
+    Raises:
+        ConfigError: There are not as many pictures as markers.
+    """
+    pictures = iter(example.pictures)
+    markers = sum(text.count(MARKER) for _, text in example.turns)
+    if markers not in (0, len(example.pictures)):
+        raise ConfigError(
+            f"The texts of {example.question!r} have {markers} {MARKER} for "
+            f"{len(example.pictures)} pictures. Write one for each, or none: then pictures come "
+            "first."
+        )
+    for index, (role, text) in enumerate(example.turns):
+        content: list[dict[str, Any]] = []
+        if not markers and index == 0:
+            content += [{"type": "image", "image": picture} for picture in pictures]
+        for place, piece in enumerate(text.split(MARKER)):
+            if place:
+                content.append({"type": "image", "image": next(pictures)})
+            if piece.strip():
+                content.append({"type": "text", "text": piece.strip()})
+        yield role, content
+
+
+def _opened(path: str, split: str, key: str) -> Any:
+    from datasets import DatasetDict, load_dataset, load_from_disk  # heavy: only for a dataset
+
+    place = Path(path).expanduser()
+    if not place.is_dir():
+        raise ConfigError(
+            f"{key} is {path!r}, and {place.absolute()} is not a folder. Give a folder that "
+            "Dataset.save_to_disk wrote or that load_dataset reads, or null for the embedded "
+            "world's questions."
+        )
+    saved = (place / "dataset_dict.json").exists() or (place / "state.json").exists()
+    try:
+        rows = load_from_disk(str(place)) if saved else load_dataset(str(place))
+    except Exception as error:  # datasets raises whatever Arrow, JSON or the file system raise
+        raise ConfigError(
+            f"{key} is {path!r}, which datasets cannot open: {error}. Write it with "
+            "Dataset.save_to_disk."
+        ) from error
+    if isinstance(rows, DatasetDict):
+        if split not in rows:
+            raise ConfigError(
+                f"{key} is {path!r}, which has the splits {sorted(rows)} and no {split!r}. Name "
+                "one of them."
+            )
+        return rows[split]
+    return rows
+
+
+def _example(row: Mapping[str, Any], columns: Columns, place: str) -> Example:
+    held = {field: row[column] for field, column in columns.named().items()}
+    pictures = _pictures(held.get("image"), place)
+    kind = str(held.get("kind", "all"))
+    if "conversation" in held:
+        turns = _turns(held["conversation"], place)
+        return Example(turns[:-1], turns[-1][1], pictures, kind)
+    choices = tuple(map(str, held.get("choices") or ()))
+    lines = [str(held.get("hint") or "").strip(), str(held["question"]).strip()]
+    lines += [f"{ascii_uppercase[i]}. {choice}" for i, choice in enumerate(choices)]
+    answer = _answer(held["answer"], choices, place)
+    text = "\n".join(line for line in lines if line)
+    return Example((("user", text),), answer, pictures, kind, choices or None)
+
+
+def _pictures(value: Any, place: str) -> tuple[Image.Image, ...]:
+    found = value if isinstance(value, list | tuple) else [value]
+    pictures = [picture for picture in found if picture is not None]
+    if not all(isinstance(picture, Image.Image) for picture in pictures):
+        raise ConfigError(
+            f"{place}: the image column holds a {type(pictures[0]).__name__}. Cast the column to "
+            "datasets.Image, or set columns.image to null."
+        )
+    return tuple(picture.convert("RGB") for picture in pictures)
+
+
+def _answer(value: Any, choices: Sequence[str], place: str) -> str:
+    if not choices:
+        return str(value).strip()
+    letters = ascii_uppercase[: len(choices)]
+    if isinstance(value, int) and 0 <= value < len(choices):
+        return letters[value]
+    text = str(value).strip()
+    if text in choices:
+        return letters[list(choices).index(text)]
+    if len(text) == 1 and text.upper() in letters:
+        return text.upper()
+    raise ConfigError(
+        f"{place}: the answer is {value!r}, neither a number nor a letter nor a text of the "
+        f"{len(choices)} choices. Check columns.answer and columns.choices."
+    )
+
+
+def _turns(value: Any, place: str) -> tuple[tuple[str, str], ...]:
+    turns = []
+    for turn in value:
+        role = SPEAKERS.get(str(turn.get("role", turn.get("from"))))
+        text = turn.get("content", turn.get("value"))
+        if role is None or not isinstance(text, str):
+            raise ConfigError(
+                f"{place}: a turn holds {sorted(turn)} with the speaker "
+                f"{turn.get('role', turn.get('from'))!r}; turns have role and content, or from "
+                f"and value, and speakers are {sorted(SPEAKERS)}. Rewrite the column."
+            )
+        turns.append((role, text.strip()))
+    expected = ["user", "assistant"] * (len(turns) // 2)
+    if not turns or [role for role, _ in turns] != expected:
+        raise ConfigError(
+            f"{place}: the speakers are {[role for role, _ in turns]}; a conversation alternates, "
+            "begins with the user and ends with the answer. Cut it so."
+        )
+    return tuple(turns)
