@@ -1,8 +1,9 @@
 """What a run costs, beside the authors' algorithm at its own cost model, at DiT-XL/2's geometry.
 
-`python -m pytest -q -s tests/methods/test_ptq4dit_cost.py -k side_by_side`
-prints the table of the README. Ours is
-counted on a tiny network and computed from the meta device by the same functions.
+Ours is counted on a tiny network, and computed from the meta device by the same functions. The
+table is printed by
+
+    python -m pytest -q -s tests/methods/test_ptq4dit_cost.py -k side_by_side
 """
 
 import json
