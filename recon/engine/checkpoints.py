@@ -1,5 +1,6 @@
 """Finding and examining the checkpoints of a run folder, before anything is started."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ FOLDER = "checkpoints"
 
 
 def written(root: Path) -> list[Path]:
-    """Checkpoints of a run, newest first; files being written are not among them."""
+    """Checkpoints of a run, farthest first; files being written are not among them."""
     found = [p for p in (root / FOLDER).glob("*.ckpt") if not p.name.startswith(".")]
-    return sorted(found, key=_progress_key, reverse=True)
+    return sorted(found, key=_progress, reverse=True)
 
 
 def clear_unfinished(root: Path) -> None:
@@ -23,8 +24,21 @@ def clear_unfinished(root: Path) -> None:
         aside.unlink(missing_ok=True)
 
 
-def _progress_key(path: Path) -> tuple[int, str]:
-    return path.stat().st_mtime_ns, path.name
+def _progress(path: Path) -> tuple[float, int, str]:
+    """Optimizer steps done, as the file says: a copied run folder has other times.
+
+    A file that cannot be read comes first, to be refused by name instead of passed over.
+    """
+    try:
+        steps = float(_read(path)["global_step"])
+    except Exception:  # as many kinds as in `examined`
+        steps = math.inf
+    return steps, path.stat().st_mtime_ns, path.name
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return content
 
 
 def examined(path: Path) -> dict[str, Any]:
@@ -39,7 +53,7 @@ def examined(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointMismatch(f"There is no checkpoint {path}. Check --ckpt_path.")
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = _read(path)
     except Exception as error:  # torch raises half a dozen kinds for a damaged file
         raise CheckpointMismatch(
             f"{path} ({path.stat().st_size:,} bytes) cannot be read, it is damaged or cut short: "

@@ -347,6 +347,19 @@ def test_a_checkpoint_holds_what_is_learned_and_nothing_to_unpickle(stopped: Pat
     assert not [p for p in newest.parent.iterdir() if p.suffix != ".ckpt"]
 
 
+def test_the_farthest_checkpoint_counts_whatever_the_time_of_its_file(
+    stopped: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for seconds, path in enumerate(written(stopped)):  # as a copy may leave them
+        (folder / path.name).write_bytes(path.read_bytes())
+        os.utime(folder / path.name, times=(seconds, seconds))
+    assert [path.name for path in written(tmp_path)] == ["step.ckpt", "unit=001.ckpt"]
+    (folder / "unit=001.ckpt").write_bytes(b"")  # is refused by name, not passed over
+    assert written(tmp_path)[0].name == "unit=001.ckpt"
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
 def test_a_checkpoint_cut_short_names_the_next_older_one(
     stopped: Path, tmp_path: Path, share: float
