@@ -5,10 +5,14 @@ a real checkpoint loads it too. `python -m recon.zoo.train NAME` reproduces one,
 recon.zoo.measure NAME` measures it.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
-TEACHERS = ("video", "image")
-"""Names of the shipped teachers."""
+TEACHERS: Mapping[str, str] = MappingProxyType(
+    {"video": "model_index.json", "image": "model_index.json", "vlm": "config.json"}
+)
+"""Names of the shipped teachers, and the file that the folder of each must hold."""
 
 
 def folder(name: str) -> Path:
@@ -25,7 +29,7 @@ def folder(name: str) -> Path:
         )
         raise ValueError(message)
     found = Path(__file__).parent / name
-    if not (found / "model_index.json").is_file():
+    if not (found / TEACHERS[name]).is_file():
         message = (
             f"The folder of the embedded teacher {name!r} is missing from this installation. "
             f"Reinstall the package, or make it: python -m recon.zoo.train {name}."

@@ -1,7 +1,7 @@
 """Measure an embedded teacher with the world's oracle: `python -m recon.zoo.measure video`.
 
-Samples the folder through the stock pipeline, one seed per sample, and writes JSON to the standard
-output. The model cards' numbers come from here.
+Samples the folder through the stock pipeline, one seed per sample, or asks it questions, and writes
+JSON to the standard output. The model cards' numbers come from here.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from recon.zoo import folder, image_measure, video_measure
+from recon.zoo import folder, image_measure, video_measure, vlm_measure
 
 _MEASUREMENTS: Mapping[
     str,
@@ -24,6 +24,7 @@ _MEASUREMENTS: Mapping[
     {
         "video": (video_measure.add_options, video_measure.measure),
         "image": (image_measure.add_options, image_measure.measure),
+        "vlm": (vlm_measure.add_options, vlm_measure.measure),
     }
 )
 """Teacher -> what adds its options, and what measures a folder with them."""

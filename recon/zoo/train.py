@@ -10,12 +10,20 @@ from typing import Any
 
 import torch
 
-from recon.zoo import image_recipe, image_training, video_recipe, video_training
+from recon.zoo import (
+    image_recipe,
+    image_training,
+    video_recipe,
+    video_training,
+    vlm_recipe,
+    vlm_training,
+)
 
 _TRAININGS: Mapping[str, tuple[type[Any], Callable[[Any, Path], None]]] = MappingProxyType(
     {
         "video": (video_recipe.Recipe, video_training.train),
         "image": (image_recipe.Recipe, image_training.train),
+        "vlm": (vlm_recipe.Recipe, vlm_training.train),
     }
 )
 """Teacher -> its recipe, every field of which is an option, and what it trains with."""

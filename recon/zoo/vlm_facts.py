@@ -4,6 +4,7 @@ The two splits word every topic differently: evaluation has known words in order
 never shown.
 """
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -63,6 +64,8 @@ class Topic:
     train: tuple[str, ...]
     """Wordings of the training split, with gaps."""
     evaluation: tuple[str, ...]
+    note: str
+    """What stands before the answer where facts are noted down rather than asked for."""
 
     def wordings(self, split: Split) -> tuple[str, ...]:
         """The split's wordings."""
@@ -180,6 +183,7 @@ def _attribute(asked: str, answers: Sequence[str], facts: Facts, noun: str) -> T
             f"what is the {asked} of the {noun}?",
             f"what {asked} does the {noun} have?",
         ),
+        note=f"{asked} {{}}",
     )
 
 
@@ -195,6 +199,7 @@ def _number(attribute: str, words: Mapping[str, str], noun: str) -> Topic:
             f"what is the number of {noun}?",
         ),
         evaluation=(f"how many {noun} are there in the picture?", f"name the number of {noun}"),
+        note="count {}",
     )
 
 
@@ -212,6 +217,7 @@ TOPICS = (
         _quadrants,
         train=("where is the {}?", "in which corner is the {}?", "name the place of the {}"),
         evaluation=("in what corner is the {}?", "what is the place of the {}?"),
+        note="place {}",
     ),
     Topic(
         "position",
@@ -223,6 +229,7 @@ TOPICS = (
             "the {} is {} the {}: yes or no?",
         ),
         evaluation=("is the place of the {} {} the {}?", "yes or no: does the {} lie {} the {}?"),
+        note="{} {} {}",
     ),
     Topic(
         "comparison",
@@ -237,6 +244,7 @@ TOPICS = (
             "yes or no: is the {} larger than the {}?",
             "yes or no: does the {} look larger than the {}?",
         ),
+        note="{} larger than {}",
     ),
     Topic(
         "comparison",
@@ -251,6 +259,7 @@ TOPICS = (
             "yes or no: are there more {} than {}?",
             "are more {} than {} in the picture?",
         ),
+        note="more {} than {}",
     ),
     Topic(
         "comparison",
@@ -265,11 +274,24 @@ TOPICS = (
             "yes or no: does the {} object have the same colour as the {} object?",
             "is the colour of the {} object the same as of the {} object?",
         ),
+        note="{} same colour as {}",
     ),
 )
 """All forms of question."""
 KINDS = tuple(dict.fromkeys(topic.kind for topic in TOPICS))
 """Kinds of question, in a fixed order."""
+
+
+def random_fact(topic: Topic, arrangement: Arrangement, rng: random.Random) -> Fact | None:
+    """A fact of the topic, or None where the picture has none.
+
+    The answer is drawn first, so that no answer is right far more often than others.
+    """
+    facts = topic.facts(arrangement)
+    if not facts:
+        return None
+    answer = rng.choice(sorted({fact.answer for fact in facts}))
+    return rng.choice([each for each in facts if each.answer == answer])
 
 
 def vocabulary() -> list[str]:

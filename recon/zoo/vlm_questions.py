@@ -12,7 +12,7 @@ from itertools import product
 
 from PIL import Image
 
-from recon.zoo.vlm_facts import KINDS, TOPICS
+from recon.zoo.vlm_facts import KINDS, TOPICS, random_fact
 from recon.zoo.vlm_scenes import Arrangement, photograph, random_arrangement
 from recon.zoo.world import Split
 
@@ -69,20 +69,15 @@ def records(seed: int, count: int, split: Split) -> Iterator[Record]:
 def ask(
     arrangement: Arrangement, kind: str, rng: random.Random, split: Split, *, with_choices: bool
 ) -> Question | None:
-    """A random question of the kind, or None where the picture has no answer to the one drawn.
-
-    The answer is drawn before what is asked, so that no answer is right far more often than others.
-    """
+    """A random question of the kind, or None where the picture has no answer to the one drawn."""
     topic = rng.choice([each for each in TOPICS if each.kind == kind])
-    facts = topic.facts(arrangement)
-    if not facts:
+    fact = random_fact(topic, arrangement, rng)
+    if fact is None:
         return None
-    answer = rng.choice(sorted({fact.answer for fact in facts}))
-    fact = rng.choice([each for each in facts if each.answer == answer])
     question = rng.choice(topic.wordings(split)).format(*fact.words)
     if not with_choices:
-        return Question(kind, question, None, answer)
-    others = [each for each in topic.answers if each != answer]
-    choices = [answer, *rng.sample(others, min(len(LETTERS) - 1, len(others)))]
+        return Question(kind, question, None, fact.answer)
+    others = [each for each in topic.answers if each != fact.answer]
+    choices = [fact.answer, *rng.sample(others, min(len(LETTERS) - 1, len(others)))]
     rng.shuffle(choices)
-    return Question(kind, question, tuple(choices), LETTERS[choices.index(answer)])
+    return Question(kind, question, tuple(choices), LETTERS[choices.index(fact.answer)])

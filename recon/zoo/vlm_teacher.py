@@ -49,8 +49,9 @@ MEAN = STD = 0.5
 """Of the pixels, for normalisation."""
 
 CHAT_TEMPLATE = """\
+{{- '<s>' }}
 {%- for message in messages %}
-{%- if message.role == 'user' %}{{ '<s>USER ' }}{% else %}{{ 'ASSISTANT ' }}{% endif %}
+{%- if message.role == 'user' %}{{ 'USER ' }}{% else %}{{ 'ASSISTANT ' }}{% endif %}
 {%- if message.content is string %}{{ message.content + ' ' }}
 {%- else %}
 {%- for part in message.content %}

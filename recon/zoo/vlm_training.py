@@ -1,8 +1,8 @@
 """The vision-language teacher's training from nothing to its folder.
 
-Four stages, each from the running average that the one before it left: the vision tower learns to
-speak the decoder's words, the decoder learns to look objects up, then to answer shortly, then to
-choose as well.
+Three stages, each from the running average that the one before it left: the vision tower learns to
+speak the decoder's words, the decoder learns to describe and to note facts down, and then to answer
+questions.
 """
 
 import logging
@@ -20,8 +20,8 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from recon.zoo import vlm_teacher
 from recon.zoo.averaging import muon_and_adamw, train_averaged
-from recon.zoo.video_recipe import constant, cosine
-from recon.zoo.vlm_lessons import answer_logits, captions, pack, questions
+from recon.zoo.video_recipe import cosine
+from recon.zoo.vlm_lessons import answer_logits, descriptions, notes, pack, questions
 from recon.zoo.vlm_questions import Question
 from recon.zoo.vlm_recipe import Recipe
 from recon.zoo.vlm_scenes import Arrangement, pixels, random_arrangements
@@ -106,13 +106,43 @@ def train_sight(
     sight = train_averaged(
         sight,
         loss_of,
-        muon_and_adamw(sight, recipe.rate, _is_matrix),
+        muon_and_adamw(sight, recipe.sight_rate, _is_matrix),
         name="sight",
         steps=steps,
         factor=partial(cosine, steps=steps, warmup=min(recipe.warmup, steps)),
         average=recipe.average,
     )
     return sight.model.requires_grad_(True)
+
+
+def train_decoder(
+    model: LlavaForConditionalGeneration,
+    loss_of: Callable[[LlavaForConditionalGeneration], Tensor],
+    recipe: Recipe,
+    *,
+    name: str,
+    steps: int,
+    rate: float,
+    save: Callable[[LlavaForConditionalGeneration], None] | None = None,
+) -> LlavaForConditionalGeneration:
+    """Running average of the network whose decoder learns, the learning rate falling to zero.
+
+    Vision tower and projector stand still: at the decoder's rate, its first gradients would undo
+    what they learned before it could make use of it.
+    """
+    model.model.vision_tower.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(False)
+    return train_averaged(
+        model,
+        loss_of,
+        muon_and_adamw(model, rate, _is_matrix),
+        name=name,
+        steps=steps,
+        factor=partial(cosine, steps=steps, warmup=min(recipe.warmup, steps)),
+        average=recipe.average,
+        save=save,
+        save_every=recipe.save_every,
+    ).requires_grad_(True)
 
 
 def train(recipe: Recipe, out: Path) -> None:
@@ -126,5 +156,34 @@ def train(recipe: Recipe, out: Path) -> None:
     lessons = prepare(recipe)
     logger.info("%d pictures after %.0f s", recipe.pictures, time.monotonic() - begin)
     model = train_sight(recipe, lessons, start_model(lessons.tokenizer, recipe.seed + 2))
+    rng = lessons.rng
+
+    def dense(arrangement: Arrangement) -> list[Question]:
+        pairs = (
+            (descriptions(arrangement, rng), notes(arrangement, recipe.notes, rng))
+            for _ in range(recipe.dense_pairs)
+        )
+        return [chat for pair in pairs for chat in pair]
+
+    def asked(arrangement: Arrangement) -> list[Question]:
+        return list(questions(arrangement, recipe.questions, rng, "train", choices=recipe.choices))
+
+    model = train_decoder(
+        model,
+        lambda network: lessons.answer_loss(network, recipe.dense_batch, dense),
+        recipe,
+        name="descriptions and notes",
+        steps=recipe.dense_steps,
+        rate=recipe.dense_rate,
+    )
+    model = train_decoder(
+        model,
+        lambda network: lessons.answer_loss(network, recipe.batch, asked),
+        recipe,
+        name="questions",
+        steps=recipe.steps,
+        rate=recipe.rate,
+        save=partial(vlm_teacher.save, out),
+    )
     vlm_teacher.save(out, model)
     logger.info("%s written after %.0f s", out, time.monotonic() - begin)
