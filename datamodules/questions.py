@@ -93,7 +93,7 @@ class Columns:
 
 def world_examples(split: Split, count: int, seed: int) -> Iterator[Example]:
     """Questions of the embedded world, kinds in turn, half of them with choices."""
-    from recon.zoo.vlm_questions import records  # type: ignore[import-not-found,unused-ignore]
+    from recon.zoo.vlm_questions import records
 
     return (
         Example(

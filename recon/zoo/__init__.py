@@ -14,6 +14,7 @@ SHIPPED: Mapping[str, str] = MappingProxyType(
     {
         "video": "model_index.json",
         "image": "model_index.json",
+        "vlm": "config.json",
         "classifier": "model.safetensors",
     }
 )

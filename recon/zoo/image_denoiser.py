@@ -1,8 +1,5 @@
 """The image teacher's second training stage: the transformer."""
 
-import copy
-import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,14 +9,12 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch import Tensor, nn
 
 from recon.zoo import image_teacher
+from recon.zoo.averaging import muon_and_adamw, train_averaged
 from recon.zoo.image_autoencoder import SCALING, pool
 from recon.zoo.image_objective import Chain, chain_of, hybrid_loss
 from recon.zoo.image_recipe import Recipe, factor
 from recon.zoo.image_scenes import label_of, pictures, random_scenes
-from recon.zoo.muon import Muon
 from recon.zoo.world import Scene
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -117,16 +112,12 @@ def start_transformer(seed: int) -> DiTTransformer2DModel:
 def build_optimizers(
     transformer: DiTTransformer2DModel, rate: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, which needs fewer samples; AdamW for everything else."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in transformer.named_parameters():
-        inside = name.startswith("transformer_blocks") and parameter.ndim == 2
-        (matrices if inside and ".norm" not in name else others).append(parameter)
-    return [
-        Muon(matrices, 2 * rate),
-        torch.optim.AdamW(others, rate, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    """Muon for the blocks' matrices, AdamW for everything else."""
+    return muon_and_adamw(
+        transformer,
+        rate,
+        lambda name: name.startswith("transformer_blocks") and ".norm" not in name,
+    )
 
 
 def train_round(
@@ -143,29 +134,15 @@ def train_round(
         transformer: Is trained in place; its embedders are tied.
         save: Is given the average every `save_every` steps.
     """
-    lessons, steps = prepare(recipe, number), recipe.rounds()[number]
-    average = copy.deepcopy(transformer).requires_grad_(False)
-    parameters = list(transformer.parameters())
-    averages: list[Tensor] = list(average.parameters())
-    optimizers = build_optimizers(transformer, recipe.rate)
-    course = partial(factor, steps=steps, recipe=recipe)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(each, course) for each in optimizers]
-    begin, sums = time.monotonic(), 0.0
-    for step in range(1, steps + 1):
-        loss = lessons.loss(transformer, recipe)
-        transformer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-        decay = min(recipe.average, step / (step + 9))  # a young average forgets its start fast
-        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - decay)
-        sums += loss.item()
-        if step % 50 == 0:
-            seconds = time.monotonic() - begin
-            logger.info("transformer %d/%d loss %.4f, %.0f s", step, steps, sums / 50, seconds)
-            sums = 0.0
-        if step % recipe.save_every == 0:
-            save(average)
-    return average
+    steps = recipe.rounds()[number]
+    return train_averaged(
+        transformer,
+        partial(prepare(recipe, number).loss, recipe=recipe),
+        build_optimizers(transformer, recipe.rate),
+        name="transformer",
+        steps=steps,
+        factor=partial(factor, steps=steps, recipe=recipe),
+        average=recipe.average,
+        save=save,
+        save_every=recipe.save_every,
+    )

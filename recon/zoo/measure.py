@@ -1,7 +1,7 @@
 """Measure an embedded model with the world's oracle: `python -m recon.zoo.measure video`.
 
-Teachers are sampled through the stock pipeline, one seed per sample; JSON goes to the standard
-output. The model cards' numbers come from here.
+Teachers are sampled through the stock pipeline, one seed per sample, or asked questions; JSON goes
+to the standard output. The model cards' numbers come from here.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from recon.zoo import classifier_measure, folder, image_measure, video_measure
+from recon.zoo import classifier_measure, folder, image_measure, video_measure, vlm_measure
 
 _MEASUREMENTS: Mapping[
     str,
@@ -24,6 +24,7 @@ _MEASUREMENTS: Mapping[
     {
         "video": (video_measure.add_options, video_measure.measure),
         "image": (image_measure.add_options, image_measure.measure),
+        "vlm": (vlm_measure.add_options, vlm_measure.measure),
         "classifier": (classifier_measure.add_options, classifier_measure.measure),
     }
 )

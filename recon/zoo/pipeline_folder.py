@@ -2,19 +2,25 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any, Protocol
 
-from diffusers import DiffusionPipeline
+
+class Saveable(Protocol):
+    """A pipeline, network or processor of diffusers or transformers."""
+
+    def save_pretrained(self, save_directory: str) -> Any:
+        """Write its files into a folder."""
 
 
-def write(pipeline: DiffusionPipeline, out: Path) -> None:
-    """Write a pipeline's files into the folder `out`, which is made where it is missing.
+def write(saved: Saveable, out: Path) -> None:
+    """Write what `save_pretrained` gives into the folder `out`, which is made where it is missing.
 
-    Each file appears whole: it is written aside and then renamed. Files of `out` that are not the
-    pipeline's, such as the model card, stay as they are.
+    Each file appears whole: it is written aside and then renamed. Other files of `out`, such as
+    the model card, stay as they are.
     """
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as aside:
-        pipeline.save_pretrained(aside)
+        saved.save_pretrained(aside)
         for file in sorted(path for path in Path(aside).rglob("*") if path.is_file()):
             target = out / file.relative_to(aside)
             target.parent.mkdir(exist_ok=True)

@@ -16,12 +16,15 @@ from recon.zoo import (
     image_training,
     video_recipe,
     video_training,
+    vlm_recipe,
+    vlm_training,
 )
 
 _TRAININGS: Mapping[str, tuple[type[Any], Callable[[Any, Path], None]]] = MappingProxyType(
     {
         "video": (video_recipe.Recipe, video_training.train),
         "image": (image_recipe.Recipe, image_training.train),
+        "vlm": (vlm_recipe.Recipe, vlm_training.train),
         "classifier": (classifier_training.Recipe, classifier_training.train),
     }
 )

@@ -4,10 +4,7 @@ It runs in rounds, from single latent frames to whole clips. Each round has its 
 learning rate schedule and starts from the running average that the round before it left.
 """
 
-import copy
-import logging
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,11 +15,9 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel, T5Tokenizer
 
 from recon.zoo import video_teacher, world
-from recon.zoo.muon import Muon
+from recon.zoo.averaging import muon_and_adamw, train_averaged
 from recon.zoo.video_autoencoder import SCALING, SPATIAL_FACTOR, clips, pool
 from recon.zoo.video_recipe import Recipe, Round, constant, cosine
-
-logger = logging.getLogger(__name__)
 
 _Save = Callable[["Denoiser"], None]
 
@@ -171,16 +166,12 @@ def build_denoiser(recipe: Recipe, tokens: int) -> Denoiser:
 
 
 def build_optimizers(denoiser: Denoiser, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, which needs fewer samples; AdamW for everything else."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in denoiser.named_parameters():
-        inside = name.startswith("transformer.transformer_blocks") and parameter.ndim == 2
-        (matrices if inside and ".norm" not in name else others).append(parameter)
-    return [
-        Muon(matrices, 2 * rate),
-        torch.optim.AdamW(others, rate, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    """Muon for the blocks' matrices, AdamW for everything else."""
+    return muon_and_adamw(
+        denoiser,
+        rate,
+        lambda name: name.startswith("transformer.transformer_blocks") and ".norm" not in name,
+    )
 
 
 def train_denoiser(recipe: Recipe, save: _Save) -> Denoiser:
@@ -215,30 +206,16 @@ def train_round(
         part: Steps and course of the learning rate count.
         save: Is given the average every `save_every` steps.
     """
-    average = copy.deepcopy(denoiser).requires_grad_(False)
-    parameters = list(denoiser.parameters())
-    averages: list[Tensor] = list(average.parameters())
-    optimizers = build_optimizers(denoiser, recipe.rate)
-    steps, warmup = part.steps, min(recipe.warmup, part.steps)
-    course = partial(cosine, steps=steps) if part.decay else constant
-    factor = partial(course, warmup=warmup)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(each, factor) for each in optimizers]
-    begin, sums = time.monotonic(), 0.0
-    for step in range(1, steps + 1):
-        loss = loss_of(denoiser)
-        denoiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-        decay = min(recipe.average, step / (step + 9))  # a young average forgets its start fast
-        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - decay)
-        sums += loss.item()
-        if step % 50 == 0:
-            seconds = time.monotonic() - begin
-            logger.info("denoiser %d/%d loss %.4f, %.0f s", step, steps, sums / 50, seconds)
-            sums = 0.0
-        if step % recipe.save_every == 0:
-            save(average)
+    course = partial(cosine, steps=part.steps) if part.decay else constant
+    average = train_averaged(
+        denoiser,
+        loss_of,
+        build_optimizers(denoiser, recipe.rate),
+        name="denoiser",
+        steps=part.steps,
+        factor=partial(course, warmup=min(recipe.warmup, part.steps)),
+        average=recipe.average,
+        save=save,
+        save_every=recipe.save_every,
+    )
     return average.requires_grad_(True)

@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -192,15 +192,36 @@ def draw_frame(scene: Scene, *, height: int = HEIGHT, width: int = WIDTH) -> Ten
 
 def _paint(scene: Scene, x: Tensor, y: Tensor, height: int, width: int) -> Tensor:
     """Shape over backdrop for centres `x`, `y` [frames]; [frames, 3, height, width]."""
-    rows, columns = _pixel_grid(height, width)
-    along = math.cos(scene.angle) * (columns - width / 2) + math.sin(scene.angle) * (
-        rows - height / 2
-    )
-    backdrop = scene.backdrop + scene.slope * along / width  # [height, width]
+    backdrop = shade(scene, height, width)
     radius = torch.full_like(x, scene.radius)
     cover = coverage(scene.attributes.shape, x, y, radius, height, width)[:, None]
     colour = torch.tensor(COLOURS[scene.attributes.colour]).view(1, 3, 1, 1)
     return (cover * colour + (1 - cover) * backdrop).clamp(0, 1)
+
+
+class Backdrop(Protocol):
+    """What the grey behind the shapes depends on."""
+
+    @property
+    def backdrop(self) -> float:
+        """Mean grey level."""
+
+    @property
+    def slope(self) -> float:
+        """Change of the grey level over one frame width."""
+
+    @property
+    def angle(self) -> float:
+        """Direction in which the backdrop brightens, radians."""
+
+
+def shade(scene: Backdrop, height: int, width: int) -> Tensor:
+    """Grey levels of the backdrop, [height, width]."""
+    rows, columns = _pixel_grid(height, width)
+    along = math.cos(scene.angle) * (columns - width / 2) + math.sin(scene.angle) * (
+        rows - height / 2
+    )
+    return scene.backdrop + scene.slope * along / width
 
 
 def coverage(shape: str, x: Tensor, y: Tensor, radius: Tensor, height: int, width: int) -> Tensor:
