@@ -297,7 +297,11 @@ def random_fact(topic: Topic, arrangement: Arrangement, rng: random.Random) -> F
 def vocabulary() -> list[str]:
     """All words and marks of all questions, choices and answers, sorted, except letters."""
     texts = [
-        *(COLOURS | SIZES | PLURALS | EXTREMES | RELATIONS),
+        *COLOURS,
+        *SIZES,
+        *PLURALS,
+        *EXTREMES,
+        *RELATIONS,
         *PLURALS.values(),
         *(text for topic in TOPICS for text in (*topic.answers, *topic.train, *topic.evaluation)),
     ]
