@@ -5,7 +5,8 @@ network.safetensors     every tensor that is not quantised: embedders, norms, bi
 quantized.safetensors   per layer `codes` (int32, packed), `scale`, and where there is one
 `activation_clip`; per group of layers that share an input the
 transform's `channel_scale`, `left`, `right`, `rotated_scale` and fixed grid, under its first layer
-manifest.json           method, bits and error, shapes and owner of each layer, fingerprint;
+manifest.json           method, bits and error, units and findings, shapes and owner of each layer,
+fingerprint;
 written last, with a checksum of the other files
 """
 
@@ -78,7 +79,9 @@ def write_native(module: "Reconstruction", folder: Path) -> None:
             for name, layer in layers.items()
         },
         "error": module.final_error,
+        "units": {unit.name: list(unit.blocks) for unit in module.units},
         "unit_errors": module.history,
+        "findings": module.findings,
         "fingerprint": module.fingerprint,
         "files": {name: _checksum(aside / name) for name in FILES},
     }
