@@ -11,7 +11,42 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from recon.calibration import ranks
 from recon.errors import ConfigError
+
+SHRINKS = tuple(1 - 0.1 * number for number in range(7))
+"""Shares of the full range tried for the rounding points. Source: quant_modules.py of Q-VLM."""
+
+
+def rounding_points(parts: Sequence[Tensor], levels: int, power: float) -> tuple[float, float]:
+    """The lowest rounding point and the step: the range on which rounding costs the least.
+
+    The cost is Σ |x - Q(x)|^power; both ends of the range shrink alike. All processes take part
+    and get the same. Constant values get the step 1.
+
+    Args:
+        parts: This process's values, any shapes; may be empty.
+        levels: Number of points, at least 2.
+        power: Positive; below 1 outliers count little.
+
+    Source: Q-VLM, implementation details: l_p distance, exponent 0.5 in the code.
+    """
+    device = parts[0].device if parts else None
+    ends = torch.full((2,), -torch.inf, dtype=torch.float64, device=device)
+    for values in parts:
+        low, high = values.double().aminmax()
+        ends = torch.maximum(ends, torch.stack([-low, high]))
+    minus_low, high = ranks.maximum(ends)
+    errors = torch.zeros(len(SHRINKS), dtype=torch.float64, device=device)
+    steps = [(high + minus_low) * share / (levels - 1) for share in SHRINKS]
+    steps = [torch.where(step > 0, step, 1.0) for step in steps]
+    for values in parts:
+        for number, (share, step) in enumerate(zip(SHRINKS, steps, strict=True)):
+            place = values.double() / step + minus_low * share / step
+            rounded = place.round().clamp_(0, levels - 1)
+            errors[number] += (rounded - place).mul_(step).abs_().pow_(power).sum()
+    best = int(ranks.total(errors).argmin())
+    return -float(minus_low) * SHRINKS[best], float(steps[best])
 
 
 def soft_assignment(

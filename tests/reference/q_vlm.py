@@ -71,3 +71,18 @@ def greedy(pairs: Sequence[float], threshold: float, largest: int) -> list[list[
         else:
             blocks.append([layer])
     return blocks
+
+
+def rounding_points(values: Sequence[float], levels: int, power: float) -> tuple[float, float]:
+    """Lowest point and step of the range, shrunk by 0 to 60 %, on which rounding costs least."""
+    best = (math.inf, 0.0, 1.0)
+    for number in range(7):
+        share = 1 - 0.1 * number
+        low = share * min(values)
+        step = share * (max(values) - min(values)) / (levels - 1)
+        cost = 0.0
+        for value in values:
+            code = min(max(round((value - low) / step), 0), levels - 1)
+            cost += abs(low + code * step - value) ** power
+        best = min(best, (cost, low, step), key=lambda found: found[0])
+    return best[1], best[2]
