@@ -84,6 +84,54 @@ class FoldsScales(Protocol):
         ...
 
 
+@runtime_checkable
+class SeesPictures(Protocol):
+    """Pictures enter the token stream as features that a vision network of its own makes.
+
+    Needed by methods that quantise or tune that network, or weight its tokens.
+    """
+
+    def image_tokens(self, sample: Sample) -> Tensor:
+        """Bool [1, tokens]: True where a token stands for a picture."""
+        ...
+
+    def vision_network(self, device: Device) -> nn.Module:
+        """A fresh full-precision vision tower with its projector, eval, without gradients.
+
+        Each call reads weights of its own, which may be written to.
+        """
+        ...
+
+    def vision_groups(self) -> tuple[InputGroup, ...]:
+        """Linears of `vision_network` that may be quantised, each once, by input, in call order.
+
+        Names are relative to that module.
+        """
+        ...
+
+    def vision_output(self, network: nn.Module, sample: Sample) -> Tensor:
+        """Features [image tokens, channels] as they are inserted; differentiable.
+
+        Args:
+            network: As `vision_network` gives it, its linears quantised or not.
+            sample: One with pictures.
+        """
+        ...
+
+    def embed_features(self, sample: Sample, features: Tensor | None, device: Device) -> State:
+        """The state that enters the first block with these features; differentiable in them.
+
+        Args:
+            sample: What `ModelAdapter.embed` takes.
+            features: As `vision_output` gives them; None for a sample without pictures.
+            device: Where the state goes.
+
+        Raises:
+            ConfigError: The features are not as many as the sample has tokens for.
+        """
+        ...
+
+
 def missing_attributes(value: object, protocol: type) -> tuple[str, ...]:
     """Names that the protocol asks for and the value lacks, sorted; empty if it conforms."""
     names = (name for name in vars(protocol) if not name.startswith("_"))
