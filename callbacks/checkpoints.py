@@ -13,7 +13,9 @@ FOLDER = "checkpoints"
 
 
 class UnitCheckpoint(ModelCheckpoint):
-    """After each unit was closed and the next one opened: `checkpoints/unit=007.ckpt`.
+    """After each stage was closed and the next one opened: `checkpoints/unit=007.ckpt`.
+
+    The number is that of the closed units.
 
     Args:
         keep: How many to keep: 1 the newest, -1 all.
@@ -21,7 +23,7 @@ class UnitCheckpoint(ModelCheckpoint):
 
     def __init__(self, keep: int = 1) -> None:
         super().__init__(
-            monitor="unit_index" if keep > 0 else None,
+            monitor="first_step" if keep > 0 else None,
             mode="max",
             filename="unit={unit_index:03.0f}",
             auto_insert_metric_name=False,
@@ -37,8 +39,10 @@ class UnitCheckpoint(ModelCheckpoint):
 
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, torch.Tensor]:
         candidates = super()._monitor_candidates(trainer)
-        index = float(trainer.lightning_module.index)  # type: ignore[arg-type]  # an int
-        return {**candidates, "unit_index": torch.tensor(index)}
+        module = trainer.lightning_module
+        assert isinstance(module, Reconstruction)
+        place = {"unit_index": module.index, "first_step": module.first_step}
+        return {**candidates, **{name: torch.tensor(float(value)) for name, value in place.items()}}
 
 
 class StepCheckpoint(ModelCheckpoint):
@@ -78,8 +82,8 @@ class StepCheckpoint(ModelCheckpoint):
     ) -> None:
         """Lightning: the run is being stopped, by a fault, SIGTERM or Ctrl-C."""
         assert isinstance(pl_module, Reconstruction)
-        inside = pl_module.opened is not None and (
-            0 < pl_module.finished_steps < pl_module.stage_steps
+        inside = pl_module.stage_state is not None and (
+            0 < pl_module.finished_steps < pl_module.stage.steps
         )
         if inside and not trainer.is_last_batch:
             super().on_exception(trainer, pl_module, exception)

@@ -54,7 +54,7 @@ class UnitProgress(ProgressBar):
             TextColumn("{task.fields[left]} left"),
             console=self._console,
         )
-        total = len(pl_module.units) * pl_module.stage_steps
+        total = pl_module.planned_steps
         self._task = self._progress.add_task("", total=total, **self._fields(trainer, pl_module))
         self._progress.start()
 
@@ -68,7 +68,10 @@ class UnitProgress(ProgressBar):
             return
         assert isinstance(pl_module, Reconstruction)
         done = trainer.global_step
-        self._progress.update(self._task, completed=done, **self._fields(trainer, pl_module))
+        total = pl_module.planned_steps  # more is known once the network is cut into units
+        self._progress.update(
+            self._task, completed=done, total=total, **self._fields(trainer, pl_module)
+        )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning: the unit before is closed."""
@@ -103,14 +106,14 @@ class UnitProgress(ProgressBar):
         self._reported = len(pl_module.history)
 
     def _fields(self, trainer: Trainer, module: Reconstruction) -> dict[str, Any]:
-        steps, total = module.stage_steps, len(module.units) * module.stage_steps
+        stage, total = module.stage, module.planned_steps
         done = trainer.global_step - self._first_step
         pace = (time.monotonic() - self._started) / done if done else 0.0
         left = pace * (total - trainer.global_step)
         loss = trainer.callback_metrics.get("recon/loss")
         return {
-            "unit": f"{min(module.index + 1, len(module.units))}/{len(module.units)}",
-            "step": f"{module.finished_steps}/{steps}",
+            "unit": f"{module.index + 1}/{len(module.units)}" if module.units else "–",
+            "step": f"{module.finished_steps}/{stage.steps} of {stage.name}",
             "loss": "–" if loss is None else f"{float(loss):.2e}",
             "error": f"error {_change(module.history[-1])}" if module.history else "",
             "left": f"{int(left // 60)}:{int(left % 60):02d}" if done else "–",

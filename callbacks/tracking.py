@@ -68,8 +68,9 @@ class UnitTracking(Callback):
 
 def _row(module: Reconstruction, index: int) -> tuple[dict[str, float], int]:
     """Metrics of a closed unit, and the step at which it was closed."""
-    metrics = {f"unit/{name}": value for name, value in module.history[index].items()}
-    return {"unit/index": float(index), **metrics}, (index + 1) * module.stage_steps
+    row = dict(module.history[index])
+    step = int(row.pop("step"))
+    return {"unit/index": float(index), **{f"unit/{name}": v for name, v in row.items()}}, step
 
 
 class RunCSVLogger(Logger):

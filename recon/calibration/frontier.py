@@ -67,6 +67,7 @@ class Frontier:
         self.boundary = 0
         self.forwards = BlockForwards()
         self._conditioning: dict[int, State] = {}
+        self._inner = range(0)
 
     @staticmethod
     def _mine(index: int) -> bool:
@@ -107,37 +108,75 @@ class Frontier:
         held = self._store.get(self.boundary, stream, index, self.device)
         return {**self._conditioning[index], **held}
 
-    def target(self, index: int) -> Tensor:
-        """Tokens that leave the open unit in the teacher, [batch, tokens, channels]."""
-        held = self._store.get(self.boundary + 1, "teacher", index, self.device)
+    def target(self, index: int, depth: int | None = None) -> Tensor:
+        """Tokens that leave the open unit in the teacher, [batch, tokens, channels].
+
+        Args:
+            index: Of the sample.
+            depth: After how many of the unit's blocks; those inside the unit must be recorded.
+        """
+        inside = depth in self._inner
+        boundary, stream = self.boundary + (not inside), f"inner={depth}" if inside else "teacher"
+        held = self._store.get(boundary, stream, index, self.device)
         return self._adapter.tokens({**self._conditioning[index], **held})
+
+    def keep(self, name: str, index: int, state: State) -> None:
+        """Keeps a further state of a sample, for `state`, until the unit is closed."""
+        self._put(self.boundary, name, index, state)
+
+    def tokens(self, state: State) -> Tensor:
+        """The streamed tokens of a state, [batch, tokens, channels]."""
+        return self._adapter.tokens(state)
 
     def final(self, stream: str, index: int) -> Tensor:
         """Output of the whole network for a sample, once every unit was passed."""
         return self._adapter.output(self.sample(index), self.state(stream, index), self.device)
 
     @torch.no_grad()
-    def record(self, blocks: Sequence[nn.Module], observe: Observe | None = None) -> None:
+    def record(
+        self, blocks: Sequence[nn.Module], observe: Observe | None = None, *, inner: bool = False
+    ) -> None:
         """Runs the teacher's unit over its own stream; its outputs are the targets.
 
         Args:
             blocks: The unit's full-precision blocks.
             observe: Context entered around the forward of a calibration sample.
+            inner: Keep what leaves each block inside the unit too.
         """
+        self._inner = range(1, len(blocks)) if inner else range(0)
         for index in self.calibration + self.held_out:
             held_out = index in self.held_out
             with nullcontext() if observe is None or held_out else observe(index):
-                state = self._run(blocks, self.state("teacher", index))
+                state = self.state("teacher", index)
+                for depth, block in enumerate(blocks, 1):
+                    state = self.run([block], state)
+                    if depth in self._inner:
+                        self.keep(f"inner={depth}", index, state)
             self.forwards.teacher += len(blocks)
             self._put(self.boundary + 1, "teacher", index, state)
         self._store.finish(self.boundary + 1, "teacher")
+
+    @torch.no_grad()
+    def follow(self, blocks: Sequence[nn.Module]) -> None:
+        """Takes the teacher alone past `blocks`; the other streams are left behind."""
+        for index in self.calibration + self.held_out:
+            state = self.run(blocks, self.state("teacher", index))
+            self._put(self.boundary + 1, "teacher", index, state)
+        self.boundary += 1
+        self._store.drop_before(self.boundary)
+
+    def restart(self) -> None:
+        """Back in front of the first unit, with all streams; nothing counts as run so far."""
+        self._store.close()
+        self.forwards = BlockForwards()
+        self.start()
 
     @torch.no_grad()
     def visit(self, blocks: Sequence[nn.Module], stream: str, observe: Observe) -> None:
         """Runs `blocks` once more over a stream's calibration samples, for what they see."""
         for index in self.calibration:
             with observe(index):
-                self._run(blocks, self.state(stream, index))
+                self.run(blocks, self.state(stream, index))
             if stream == "student":
                 self.forwards.student += len(blocks)
 
@@ -157,11 +196,11 @@ class Frontier:
         """
         error = torch.zeros(3, dtype=torch.float64, device=self.device)
         for index in self.calibration + self.held_out:
-            student = self._run(blocks, self.state("student", index))
+            student = self.run(blocks, self.state("student", index))
             self.forwards.student += len(blocks)
             self._put(self.boundary + 1, "student", index, student)
             if index in self.held_out:
-                rounded = self._run(nearest, self.state("nearest", index))
+                rounded = self.run(nearest, self.state("nearest", index))
                 self.forwards.nearest += len(nearest)
                 self._put(self.boundary + 1, "nearest", index, rounded)
                 error += self._errors(self.target(index), student, rounded)
@@ -184,7 +223,8 @@ class Frontier:
         ]
         return torch.stack([*terms, target.square().sum()])
 
-    def _run(self, blocks: Sequence[nn.Module], state: State) -> State:
+    def run(self, blocks: Sequence[nn.Module], state: State) -> State:
+        """The state that leaves `blocks`."""
         for block in blocks:
             state = self._adapter.forward_block(block, state)
         return state

@@ -109,6 +109,9 @@ class DiskStreams(StreamStore):
         shard = place / f"{sample:05d}.safetensors"
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         size = sum(tensor.nbytes for tensor in kept.values())
+        key = (boundary, stream)
+        if shard.name in self._sums.get(key, {}):  # written over: it counts once
+            self._bytes[key] -= size
         if sum(self._bytes.values()) + size > self._budget:
             raise BudgetError(
                 f"The streams would exceed memory.disk ({self._budget:,} bytes) at {shard.name}. "
@@ -122,7 +125,6 @@ class DiskStreams(StreamStore):
                 f"Writing {size:,} bytes to {shard} failed: {error}. Free disk space, or lower "
                 "memory.disk so that the run refuses up front, and continue with --ckpt_path last."
             ) from error
-        key = (boundary, stream)
         self._bytes[key] = self._bytes.get(key, 0) + size
         self._sums.setdefault(key, {})[shard.name] = _checksum(shard)
 
@@ -172,10 +174,13 @@ class DiskStreams(StreamStore):
                 shutil.rmtree(folder)
         kept = self._bytes.items()
         self._bytes = {key: size for key, size in kept if key[0] >= boundary - 1}
+        self._sums = {key: sums for key, sums in self._sums.items() if key in self._bytes}
 
     def close(self) -> None:
         """Removes the folder."""
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._sums.clear()
+        self._bytes.clear()
 
     def _marker(self, boundary: int, stream: str) -> Path:
         return self._place(boundary, stream) / "complete.json"

@@ -6,7 +6,8 @@ quantized.safetensors   per layer `codes` (int32, packed), `scale`, and where th
 `activation_clip`; per group of layers that share an input the
 transform's `channel_scale`, `left`, `right`, `rotated_scale` and fixed grid, under its first layer;
 per attention whose products are quantised on fixed grids, each operand's step and zero-point
-manifest.json           method, bits and error, shapes and owner of each layer, fingerprint;
+manifest.json           method, bits and error, units and findings, shapes and owner of each layer,
+fingerprint;
 written last, with a checksum of the other files
 """
 
@@ -92,7 +93,9 @@ def write_native(module: "Reconstruction", folder: Path) -> None:
             for name, part in attentions.items()
         },
         "error": module.final_error,
+        "units": {unit.name: list(unit.blocks) for unit in module.units},
         "unit_errors": module.history,
+        "findings": module.findings,
         "fingerprint": module.fingerprint,
         "files": {name: _checksum(aside / name) for name in FILES},
     }

@@ -15,19 +15,22 @@ FOLDER = "streams"
 _COPIES: dict[Place, int] = {"device": 4, "ram": 4, "disk": 6}
 
 
-def needed_bytes(sample_bytes: int, samples: int, held_out: int) -> dict[Place, int]:
+def needed_bytes(
+    sample_bytes: int, samples: int, held_out: int, further: int = 0
+) -> dict[Place, int]:
     """Bytes the streams take in each place.
 
     Args:
         sample_bytes: Streamed tensors of one sample at one boundary.
         samples: Calibration samples over all processes.
         held_out: Held-out samples, which carry the round-to-nearest stream too.
+        further: Boundaries a method keeps beside the carried ones, for every sample.
     """
     world = ranks.world()
     mine = -(-samples // world) + -(-held_out // world)
     extra = -(-held_out // world)
     return {
-        place: sample_bytes * (copies * mine + copies // 2 * extra)
+        place: sample_bytes * ((copies + further) * mine + copies // 2 * extra)
         for place, copies in _COPIES.items()
     }
 

@@ -1,6 +1,7 @@
-"""The template every method fills in: one `Trainer.fit`, one epoch per unit.
+"""The template every method fills in: one `Trainer.fit`, one epoch per stage of a unit.
 
-Read `on_train_epoch_end` first: a unit is closed and the next one opened there and nowhere else.
+Read `on_train_epoch_end` first: stages and units are closed and the next ones opened there and
+nowhere else. Most methods have one stage per unit; a search is a stage in which nothing learns.
 """
 
 from collections.abc import Callable
@@ -22,12 +23,12 @@ from recon.engine.loader import StageLoader, StageSampler, dealt, refuse_uneven
 from recon.engine.placement import needed_bytes, stream_store
 from recon.engine.result import network_error
 from recon.engine.settings import refuse_unsafe_trainer
-from recon.engine.unit import OpenUnit, Unit
+from recon.engine.unit import OpenUnit, Stage, StageState, Unit
 from recon.errors import ConfigError
 from recon.layers.quant_attention import QuantAttention
 from recon.layers.quant_linear import QuantLinear
 from recon.models.adapter import ModelAdapter
-from recon.quantizers.spec import MAX_BITS, MIN_BITS, QuantSpec
+from recon.quantizers.spec import MAX_BITS, MIN_BITS, QuantSpec, Strategy
 from recon.types import State
 
 LOOK_EVERY = 10
@@ -65,8 +66,8 @@ class Reconstruction(LightningModule):
         compile: Whether the unit's forward is compiled; auto: where the work pays for it.
     """
 
-    static_activations: ClassVar[bool] = False
-    """Whether the method finds fixed ranges for activations (strategy tensor)."""
+    activation_strategies: ClassVar[tuple[Strategy, ...]] = ("token",)
+    """What may share a range of activations; for others than token the method finds fixed ones."""
 
     quantizers: nn.ModuleDict
     frontier: Frontier
@@ -100,12 +101,18 @@ class Reconstruction(LightningModule):
         """Calibration samples over all processes."""
         self.index = 0
         """Index of the open unit; `len(units)` when none is left."""
+        self.stage_index = 0
+        """Index of the open stage among `stages`."""
         self.first_step = 0
-        """Optimizer steps before the open unit."""
+        """Steps before the open stage."""
+        self.stage_state: StageState | None = None
+        """What `open_stage` returned."""
+        self.findings: dict[str, Any] = {}
+        """What closed stages found, for later ones; plain values, part of every checkpoint."""
         self.opened: OpenUnit | None = None
         self.history: list[dict[str, float]] = []
         """Of each closed unit: error of the streams behind it (rounded to nearest, and ours),
-        first and last loss, seconds."""
+        first and last loss, the results of its stages, steps of the run so far, seconds."""
         self.seconds = {"calibration": 0.0, "reconstruction": 0.0}
         self.final_error: dict[str, float] = {}
         self.forwards: dict[str, int] = {}
@@ -146,13 +153,44 @@ class Reconstruction(LightningModule):
     def prepare(self) -> None:
         """Changes the network before it is cut into units; default: nothing."""
 
+    def preparation(self) -> list[Stage]:
+        """Stages before the network is cut into units; default: none.
+
+        Streams stand in front of the first block, no unit is open.
+        """
+        return []
+
     def partition(self) -> list[Unit]:
-        """The units, first to last; default: one per block."""
+        """The units, first to last, once `preparation` is done; default: one per block."""
         return [Unit(name, (name,)) for name in self.adapter.block_names]
+
+    @property
+    def further_streams(self) -> int:
+        """Boundaries kept beside the carried ones while a unit is open, targets inside it first."""
+        return 0
+
+    def unit_stages(self, unit: Unit) -> list[Stage]:
+        """What is done to a unit, in order; default: one stage of `unit_steps`."""
+        return [Stage("reconstruct", self.unit_steps(self.sample_count))]
 
     def unit_steps(self, samples: int) -> int:
         """Optimizer steps of a unit, given the number of calibration samples; at least 1."""
         return 1
+
+    def open_stage(self, stage: Stage) -> dict[str, Tensor]:
+        """Begins a stage, also one that is continued: what was saved is loaded afterwards.
+
+        Returns:
+            What the stage keeps in `stage_state`.
+        """
+        return {}
+
+    def search_step(self, stage: Stage, step: int) -> dict[str, float]:
+        """One step of a stage in which nothing learns; values to be logged."""
+        return {}
+
+    def close_stage(self, stage: Stage) -> None:
+        """Draws the conclusions of a stage, before its unit (if it is the last) is closed."""
 
     def open_unit(self, unit: OpenUnit) -> dict[str, QuantLinear]:
         """The quantised layers that stand for the unit's linears, by full name.
@@ -177,15 +215,18 @@ class Reconstruction(LightningModule):
         raise NotImplementedError
 
     def regularizer(self, unit: OpenUnit, progress: float) -> dict[str, Tensor]:
-        """Terms that depend on no sample; `progress` runs from 0 to 1 within the unit."""
+        """Terms that depend on no sample; `progress` runs from 0 to 1 within the stage."""
         return {}
 
     def parameter_groups(self, unit: OpenUnit) -> list[dict[str, Any]]:
-        """Optimizer groups of what learns; empty for a method without gradients.
+        """Optimizer groups of what learns in the open stage; empty where nothing does.
 
         Each has `name`, `params`, `lr` and `schedule`, which maps progress to a factor of lr.
         """
         return []
+
+    def on_loss(self, loss: Tensor) -> None:
+        """Sees the mean loss of each step, before the parameters it belongs to move."""
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer over `groups`."""
@@ -225,13 +266,18 @@ class Reconstruction(LightningModule):
         Raises:
             ReconError: Naming key, value, rule and remedy.
         """
-        allowed = ("token", "tensor") if self.static_activations else ("token",)
+        allowed = self.activation_strategies
         found = self.activation.strategy if self.activation else "token"
         if self.weight.strategy == "token" or found not in allowed:
             raise ConfigError(
                 f"Weights take strategy channel or group, got {self.weight.strategy}; activations "
                 f"of {type(self).__name__} take {' or '.join(allowed)} (token with dynamic: true), "
                 f"got {found}. Change model.weight or model.activation."
+            )
+        if not self.weight.symmetric:
+            raise ConfigError(
+                "model.weight.symmetric is false, but weights have no zero-point here: asymmetric "
+                "4-bit weights do not reload in transformers. Set it to true."
             )
         if self.batch_size < 1:
             raise ConfigError(f"model.batch_size must be at least 1, got {self.batch_size}.")
@@ -276,7 +322,8 @@ class Reconstruction(LightningModule):
             BudgetError: Naming every budget.
         """
         size = self.adapter.stream_bytes(rows, device)
-        self.memory.place(needed_bytes(size, samples, held_out), device, root)
+        needed = needed_bytes(size, samples, held_out, self.further_streams)
+        self.memory.place(needed, device, root)
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another configuration or teacher, before calibration is read.
@@ -300,20 +347,39 @@ class Reconstruction(LightningModule):
         return self.trainer.strategy.root_device
 
     @property
-    def stage_steps(self) -> int:
-        """Optimizer steps of every unit."""
-        return self.unit_steps(self.sample_count)
+    def done(self) -> bool:
+        """Whether every unit is closed."""
+        return bool(self.units) and self.index == len(self.units)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """Those of the open unit, or those before there are units; empty when all is done."""
+        if self.done:
+            return []
+        return self.unit_stages(self.units[self.index]) if self.units else self.preparation()
+
+    @property
+    def stage(self) -> Stage:
+        """The open one."""
+        return self.stages[self.stage_index]
+
+    @property
+    def planned_steps(self) -> int:
+        """Steps of the whole run, as far as it is known."""
+        units = (stage for unit in self.units for stage in self.unit_stages(unit))
+        return sum(stage.steps for stage in (*self.preparation(), *units))
 
     @property
     def finished_steps(self) -> int:
-        """Optimizer steps done in the open unit."""
+        """Steps done in the open stage."""
         return self.trainer.global_step - self.first_step
 
     def setup(self, stage: str) -> None:
         """Lightning: ranks and data are known, no checkpoint is read yet."""
         if not self.units:
             self.prepare()
-            self.units = self.partition()
+            if not self.preparation():
+                self.units = self.partition()
         if stage != "fit" or self.fingerprint:
             return
         refuse_unsafe_trainer(self.trainer, type(self).__name__)
@@ -328,7 +394,7 @@ class Reconstruction(LightningModule):
             self._rows = list(range(self.sample_count))
         rows = data.sample_counts[2]
         size = self.adapter.stream_bytes(rows, self.run_device)
-        needed = needed_bytes(size, self.sample_count, len(chosen.held_out))
+        needed = needed_bytes(size, self.sample_count, len(chosen.held_out), self.further_streams)
         mark = resume.digest(self.fingerprint)
         store = stream_store(self.memory, needed, self.run_device, self.root, mark)
         self.frontier = Frontier(
@@ -339,14 +405,14 @@ class Reconstruction(LightningModule):
             self._run_learning = torch.compile(stage_data.run_learning, dynamic=False)
 
     def train_dataloader(self) -> Any:
-        """Batches of sample indices for the open unit; empty when none is left."""
-        if self.index == len(self.units):
+        """Batches of sample indices for the open stage; empty when none is left."""
+        if self.done:
             return []
         refuse_uneven(self.sample_count, self.batch_size, ranks.world(), self.micro_batch)
         sampler = StageSampler(
             size=self.sample_count,
             batch=self.batch_size,
-            steps=self.stage_steps,
+            steps=self.stage.steps,
             seed=self.seed,
             stage=self.index,
             rank=ranks.rank(),
@@ -355,17 +421,17 @@ class Reconstruction(LightningModule):
         return StageLoader(sampler, lambda: self.finished_steps)
 
     def configure_optimizers(self) -> Any:
-        """One optimizer over the open unit's groups, a schedule function per group."""
-        if self.index == len(self.units):
+        """One optimizer over the open stage's groups, a schedule function per group."""
+        if self.done:
             return None
-        if self.opened is None:  # a fresh start; a resumed run has opened its unit already
+        if self.stage_state is None:  # a fresh start; a resumed run has opened its stage already
             walk.start_streams(self)
-            self.opened = walk.open_unit(self)
-        groups = self.parameter_groups(self.opened)
+            walk.open_stage(self)
+        groups = [] if self.opened is None else self.parameter_groups(self.opened)
         self._trained = [p for group in groups for p in group["params"]]
         if not groups:
             return None
-        steps = self.stage_steps
+        steps = self.stage.steps
         factors = [walk.factor(group.pop("schedule"), steps) for group in groups]
         optimizer = self.optimizer(groups)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
@@ -379,40 +445,58 @@ class Reconstruction(LightningModule):
         stopping.listen(self)
 
     def on_train_epoch_end(self) -> None:
-        """Closes the unit, advances the streams, opens the next one."""
-        assert self.opened is not None
-        unit, steps = self.opened.unit, self.stage_steps
-        if self.finished_steps != steps:
+        """Closes the stage, and with its last one the unit; opens the next."""
+        stage, stages = self.stage, self.stages
+        if self.finished_steps != stage.steps:
+            place = f"Unit {self.opened.unit.name}" if self.opened else f"Stage {stage.name}"
             raise ConfigError(
-                f"Unit {unit.name} ended after {self.finished_steps} of {steps} steps: a trainer "
+                f"{place} ended after {self.finished_steps} of {stage.steps} steps: a trainer "
                 "setting or a callback stopped its epoch. Remove it; to stop a run, send SIGTERM."
             )
+        self.close_stage(stage)
+        self.stage_state = None
+        self.first_step = self.trainer.global_step
+        self.stage_index += 1
+        if self.stage_index == len(stages):
+            self.stage_index = 0
+            self._next_unit()
+        if self.done:
+            self.final_error = network_error(self)
+            self.frontier.close()
+            self.trainer.should_stop = True
+            return
+        walk.open_stage(self)
+        self.trainer.strategy.setup_optimizers(self.trainer)
+
+    def _next_unit(self) -> None:
+        """Behind a unit's last stage, or behind what comes before there are units."""
+        if self.opened is None:
+            self.units = self.partition()
+            self.frontier.restart()
+            return
         self.history.append(walk.close_unit(self, self.opened))
         self.seconds["reconstruction"] += self.history[-1]["seconds"]
         self.forwards = vars(self.frontier.forwards).copy()
         self.opened = None
         self.index += 1
-        self.first_step = self.trainer.global_step
-        if self.index == len(self.units):
-            self.final_error = network_error(self)
-            self.frontier.close()
-            self.trainer.should_stop = True
-            return
-        self.opened = walk.open_unit(self)
-        self.trainer.strategy.setup_optimizers(self.trainer)
 
     # Lightning: the steps -------------------------------------------------------------------------
 
     def training_step(self, batch: list[int], batch_idx: int) -> Tensor:
         """Mean loss of the global batch; its gradient is kept for `backward`.
 
+        Where nothing learns it is a step of a search instead.
+
         Each micro-batch is differentiated alone and the gradients are added in float64, which
         loses nothing: the step is the same bit for bit however they are dealt over processes.
         """
-        assert self.opened is not None
         stopping.agree(self)
         if not self._trained:
+            with torch.no_grad():
+                found = self.search_step(self.stage, batch_idx)
+            self.log_dict({f"recon/{name}": value for name, value in found.items()}, batch_size=1)
             return torch.zeros((), device=self.device, requires_grad=True)
+        assert self.opened is not None
         total: Step | None = None
         for samples in dealt(batch, self.micro_batch):
             state = stage_data.joined(
@@ -430,7 +514,7 @@ class Reconstruction(LightningModule):
             total = step if total is None else total.add(step)
         assert total is not None
         mean = averaged(total, self.batch_size)
-        extra = self.regularizer(self.opened, batch_idx / self.stage_steps)
+        extra = self.regularizer(self.opened, batch_idx / self.stage.steps)
         if extra:
             mean = mean.with_terms(flat_gradient(extra, self._trained))
         loss = mean.loss
@@ -439,6 +523,7 @@ class Reconstruction(LightningModule):
             refuse_nan(mean, self.opened.unit.name, batch_idx)
         self._gradient = mean.gradient
         self.opened.note_loss(loss)
+        self.on_loss(loss.detach())
         named = {f"recon/{name}": value for name, value in mean.terms.items()}
         self.log_dict({"recon/loss": loss, **named}, batch_size=self.batch_size)
         return loss

@@ -14,6 +14,7 @@ from recon.engine import walk
 from recon.engine.assembly import adopted
 from recon.engine.attention import adopted_attentions
 from recon.engine.fingerprint import refuse_difference, settings
+from recon.engine.unit import Unit
 from recon.errors import CheckpointMismatch
 from recon.quantizers.spec import QuantSpec
 
@@ -47,13 +48,17 @@ def progress(module: "Reconstruction") -> dict[str, Any]:
     """What a checkpoint says about the run; primitives only."""
     return {
         "index": module.index,
+        "stage": module.stage_index,
         "first_step": module.first_step,
-        "units": [unit.name for unit in module.units],
-        "steps": module.stage_steps,
+        "units": [[unit.name, list(unit.blocks)] for unit in module.units],
+        "done": module.done,
+        "steps": 0 if module.done else module.stage.steps,
         "fingerprint": module.fingerprint,
         "losses": {name: float(loss) for name, loss in module.opened.losses.items()}
         if module.opened
         else {},
+        "results": module.opened.results if module.opened else {},
+        "findings": module.findings,
         "history": module.history,
         "seconds": module.seconds,
         "final_error": module.final_error,
@@ -74,17 +79,20 @@ def restore(module: "Reconstruction", checkpoint: dict[str, Any]) -> None:
     saved = checkpoint.get("recon")
     if saved is None:
         raise CheckpointMismatch("The checkpoint was not written by recon. Choose another file.")
-    units = [unit.name for unit in module.units]
-    if saved["units"] != units:
+    units = [Unit(name, tuple(blocks)) for name, blocks in saved["units"]]
+    if module.units and units != module.units:
+        names = [[unit.name for unit in cut] for cut in (units, module.units)]
         raise CheckpointMismatch(
-            f"The checkpoint was cut into units {saved['units']}, this configuration into {units}. "
+            f"The checkpoint was cut into units {names[0]}, this configuration into {names[1]}. "
             "Resume with the configuration saved beside it, or start a new run folder."
         )
     fitting = bool(module.fingerprint)
     if fitting:
         refuse_difference(saved["fingerprint"], module.fingerprint, "The checkpoint")
     refuse_unclosed(checkpoint)
-    module.index, module.first_step = saved["index"], saved["first_step"]
+    module.units, module.findings = units, saved["findings"]
+    module.index, module.stage_index = saved["index"], saved["stage"]
+    module.first_step = saved["first_step"]
     module.history, module.seconds = saved["history"], saved["seconds"]
     module.final_error, module.forwards = saved["final_error"], saved["forwards"]
     state: dict[str, Tensor] = checkpoint["state_dict"]
@@ -93,29 +101,31 @@ def restore(module: "Reconstruction", checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {
             key: tensor for key, tensor in state.items() if key in module.state_dict()
         }
-        if module.index < len(units):
+        if not module.done:
             rank_zero_info(f"{module.index} of {len(units)} units are quantised so far.")
         return
-    if module.index < len(units):
+    if not module.done:
         walk.start_streams(module)
     # Replaying is no part of what the run costs uninterrupted.
     module.frontier.forwards = BlockForwards(**module.forwards)
-    if module.index == len(units):
+    if module.done:
         module.trainer.should_stop = True
         return
-    module.opened = walk.open_unit(module)
-    module.opened.losses = {name: torch.tensor(loss) for name, loss in saved["losses"].items()}
+    if units:
+        module.opened = walk.open_unit(module)
+        module.opened.losses = {name: torch.tensor(loss) for name, loss in saved["losses"].items()}
+        module.opened.results = saved["results"]
+    walk.open_stage(module)
 
 
 def refuse_unclosed(checkpoint: dict[str, Any]) -> None:
-    """Does nothing unless every step of the open unit was done when the file was written.
+    """Does nothing unless every step of the open stage was done when the file was written.
 
     Raises:
         CheckpointMismatch: Lightning would train the unit a second time.
     """
     saved = checkpoint["recon"]
-    left = saved["index"] < len(saved["units"])
-    if left and checkpoint["global_step"] - saved["first_step"] >= saved["steps"]:
+    if not saved["done"] and checkpoint["global_step"] - saved["first_step"] >= saved["steps"]:
         raise CheckpointMismatch(
             f"The checkpoint was written after the last step of unit {saved['index']} and before "
             "it was closed; continuing would train the unit twice. Choose the next older file."

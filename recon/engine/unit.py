@@ -1,5 +1,6 @@
-"""Units and what is at hand while one of them is open."""
+"""Units, stages, and what is at hand while one of them is open."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -13,10 +14,31 @@ from recon.layers.transform import InputTransform
 
 @dataclass(frozen=True)
 class Unit:
-    """Consecutive blocks that are optimised together; one stage, one epoch."""
+    """Consecutive blocks that are optimised together, in one or more stages."""
 
     name: str
     blocks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One epoch: what is done to the open unit, or to the network before it is cut into units."""
+
+    name: str
+    steps: int
+    """Optimizer steps; where nothing learns, steps of a search. At least 1."""
+
+
+class StageState(nn.Module):
+    """What an open stage has found so far, beside the layers: tensors that checkpoints hold."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name.replace(".", "/"), tensor)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.get_buffer(name.replace(".", "/"))
 
 
 @dataclass(frozen=True)
@@ -48,6 +70,8 @@ class OpenUnit:
     """Copies of the teacher's blocks around `layers`; everything else is shared."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """`first` and `last` loss seen by this process."""
+    results: dict[str, float] = field(default_factory=dict)
+    """What stages found, to be logged when the unit is closed."""
     started: float = 0.0
     """Monotonic seconds."""
 

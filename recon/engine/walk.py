@@ -12,7 +12,7 @@ from recon.calibration.operands import recorded_operands
 from recon.calibration.statistics import UnitRecord, recorded_inputs
 from recon.engine import attention, stage_data
 from recon.engine.assembly import assembled, compile_pays, layer_groups, nearest_layers
-from recon.engine.unit import OpenUnit, Unit
+from recon.engine.unit import OpenUnit, StageState, Unit
 from recon.layers.quant_attention import QuantAttention
 
 if TYPE_CHECKING:
@@ -25,21 +25,45 @@ def start_streams(module: "Reconstruction") -> None:
         return
     rank_zero_info(f"Replaying {module.index} closed units to rebuild their activations.")
     for unit in module.units[: module.index]:
-        blocks = _blocks(module, unit)
+        blocks = blocks_of(module, unit)
         module.frontier.record(blocks)
         students = assembled(unit, blocks, module.layers_of(unit))
         _attend(module, unit, students, module.attentions_of(unit))
         module.frontier.advance(students, _nearest(module, unit, blocks))
 
 
+def follow(module: "Reconstruction", boundary: int) -> None:
+    """Brings the teacher's stream in front of the block of that number, leaving the others."""
+    for name in module.adapter.block_names[module.frontier.boundary : boundary]:
+        module.frontier.follow([module.adapter.block(name, module.run_device)])
+
+
+def open_stage(module: "Reconstruction") -> None:
+    """Opens the stage the module stands at, and its unit where it is closed."""
+    if module.units and module.opened is None:
+        module.opened = open_unit(module)
+    module.stage_state = StageState(module.open_stage(module.stage)).to(module.run_device)
+    # The method may have given the unit's layers new parts.
+    module.quantizers.to(module.run_device)
+
+
 def open_unit(module: "Reconstruction") -> OpenUnit:
     """Records the teacher on unit `index`, asks the method for its layers and registers them."""
+    opened = trial_unit(module, module.units[module.index])
+    for name, layer in (*opened.layers.items(), *opened.attentions.items()):
+        module.quantizers[name.replace(".", "/")] = layer
+    module.quantizers.to(module.run_device)
+    return opened
+
+
+def trial_unit(module: "Reconstruction", unit: Unit) -> OpenUnit:
+    """The unit in front of which the streams stand, with its layers; registers nothing."""
     started = time.monotonic()
-    unit = module.units[module.index]
-    blocks = _blocks(module, unit)
+    blocks = blocks_of(module, unit)
     groups = layer_groups(module.adapter, unit, blocks, skip_roles=module.skip_roles)
     opened = OpenUnit(unit, groups, blocks, UnitRecord(), started=started)
-    module.frontier.record(blocks, lambda sample: _observed(module, opened, sample))
+    inner = module.further_streams > 0
+    module.frontier.record(blocks, lambda sample: _observed(module, opened, sample), inner=inner)
     opened.record.reduce()
     opened.layers = module.open_unit(opened)
     opened.student_blocks = assembled(unit, blocks, opened.layers)
@@ -48,9 +72,8 @@ def open_unit(module: "Reconstruction") -> OpenUnit:
         for name in attention.quantized_names(module, unit.blocks)
     }
     _attend(module, unit, opened.student_blocks, opened.attentions)
-    for name, layer in (*opened.layers.items(), *opened.attentions.items()):
-        module.quantizers[name.replace(".", "/")] = layer
-    module.quantizers.to(module.run_device)
+    parts = (*opened.layers.values(), *opened.attentions.values())
+    nn.ModuleList(parts).to(module.run_device)
     return opened
 
 
@@ -66,6 +89,8 @@ def close_unit(module: "Reconstruction", opened: OpenUnit) -> dict[str, float]:
         "error_before": errors["nearest"],
         "error_after": errors["student"],
         **{f"loss_{name}": float(value) for name, value in opened.losses.items()},
+        **opened.results,
+        "step": module.first_step,
         "seconds": time.monotonic() - opened.started,
     }
 
@@ -95,16 +120,19 @@ def compiles(module: "Reconstruction") -> bool:
     """Whether the unit's forward will be compiled."""
     if module.compile_choice != "auto":
         return bool(module.compile_choice)
+    if not module.units:  # of several lengths: each would be compiled anew
+        return False
     unit = module.units[0]
     shapes = [s for name in unit.blocks for s in module.adapter.linear_shapes(name).values()]
     state = module.adapter.embed(module.frontier.sample(0), module.run_device)
     tokens = module.adapter.tokens(state).shape[:2].numel() * module.batch_size
-    steps = module.stage_steps * len(module.units)
+    steps = module.planned_steps
     weights = sum(out * in_ for out, in_ in shapes)
     return compile_pays(module.run_device, weights, tokens, steps)
 
 
-def _blocks(module: "Reconstruction", unit: Unit) -> list[nn.Module]:
+def blocks_of(module: "Reconstruction", unit: Unit) -> list[nn.Module]:
+    """The full-precision blocks of a unit."""
     return [module.adapter.block(name, module.run_device) for name in unit.blocks]
 
 

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from recon.layers.rounding import CLIP_LOGIT_START, AdaptiveRounding, NearestRounding
+from recon.layers.rounding import CLIP_LOGIT_START, NearestRounding, Rounding
 from recon.layers.static_range import on_own_range
+from recon.layers.token_range import TokenRange
 from recon.layers.transform import InputTransform
 from recon.quantizers.affine import dequantize, fake_quantize_tokens
 from recon.quantizers.packing import pack, unpack
@@ -30,6 +31,8 @@ class QuantLinear(nn.Module):
         learn_activation_clip: Whether the kept shares of a token's maximum and minimum are
             learned (one pair per layer).
         clip_start: Logit at which those shares start.
+        activation_range: The kept share of every token's range, searched or learned; the same
+            object in every linear that shares this input.
     """
 
     codes: Tensor | None
@@ -43,15 +46,17 @@ class QuantLinear(nn.Module):
         activation: QuantSpec | None,
         *,
         transform: InputTransform | None = None,
-        rounding: NearestRounding | AdaptiveRounding | None = None,
+        rounding: Rounding | None = None,
         learn_activation_clip: bool = False,
         clip_start: float = CLIP_LOGIT_START,
+        activation_range: TokenRange | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight_spec, self.activation_spec = weight, activation
         self.transform = transform
-        self.rounding: NearestRounding | AdaptiveRounding | None = rounding or NearestRounding(
+        self.activation_range = activation_range
+        self.rounding: Rounding | None = rounding or NearestRounding(
             self.out_features, weight, learn_clip=False
         )
         learn_activation_clip = learn_activation_clip and activation is not None
@@ -88,8 +93,10 @@ class QuantLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Output of the layer, [..., out], in the dtype of `inputs` [..., channels]."""
         hidden = inputs if self.transform is None else self.transform(inputs)
-        if self.activation_spec is not None and self.activation_spec.strategy == "tensor":
-            hidden = self._on_one_grid(hidden.float())
+        if self.activation_spec is not None and self.activation_spec.strategy != "token":
+            hidden = self._on_fixed_grid(hidden.float())
+        elif self.activation_range is not None:
+            hidden = self.activation_range(hidden)
         elif self.activation_spec is not None:
             clip = self.activation_clip
             if self.activation_clip_logits is not None:
@@ -99,7 +106,7 @@ class QuantLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
         return functional.linear(hidden.to(inputs.dtype), weight, bias)
 
-    def _on_one_grid(self, hidden: Tensor) -> Tensor:
+    def _on_fixed_grid(self, hidden: Tensor) -> Tensor:
         """Hidden itself where the transform quantised it; else on the range of this very call."""
         assert self.activation_spec is not None
         if self.transform is not None and self.transform.static is not None:
@@ -117,6 +124,9 @@ class QuantLinear(nn.Module):
         if self.activation_clip_logits is not None:
             self.activation_clip = self.activation_clip_logits.detach().sigmoid()
             self.activation_clip_logits = None
+        if self.activation_range is not None:
+            self.activation_clip = self.activation_range.clip().detach().clone()
+            self.activation_range = None
         return weight
 
     @torch.no_grad()
@@ -132,7 +142,7 @@ class QuantLinear(nn.Module):
         """Becomes the closed layer that these saved tensors describe."""
         self.codes, self.scale = tensors["codes"], tensors["scale"]
         self.activation_clip = tensors.get("activation_clip")
-        self.activation_clip_logits = None
+        self.activation_clip_logits = self.activation_range = None
         self.transform = transform
         self.rounding = None
         self.teacher_weight = None

@@ -8,8 +8,12 @@ from torch import Tensor, nn
 from recon.quantizers.affine import (
     absmax_scale,
     check_group_size,
+    clamp_ste,
+    compute_dtype,
     dequantize,
     fake_quantize,
+    round_ste,
+    split_groups,
     weight_range,
 )
 from recon.quantizers.affine import codes as nearest_codes
@@ -107,6 +111,67 @@ class AdaptiveRounding(nn.Module):
     def close(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Integer codes and step sizes of `weight`."""
         return hard_codes(weight, self.step, self.logits, self.spec), self.step.clone()
+
+
+class OffsetRounding(nn.Module):
+    """Round-to-nearest of W / s + V, with V in [-0.5, 0.5] and s = exp(θ) s0.
+
+    Without learning V and θ are zero: round-to-nearest on the given step sizes. The weight is
+    rounded while it is learned, so closing changes no value.
+
+    Args:
+        weight: The weight to be rounded, [out, channels].
+        scale: Its step sizes s0.
+        spec: Its grid.
+        bounds: Of θ; None: nothing is learned.
+
+    Source: AutoRound (arXiv 2309.05516), SignRound; θ from Q-VLM's specification.
+    """
+
+    step: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        spec: QuantSpec,
+        *,
+        bounds: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec, self._bounds = spec, bounds
+        self.register_buffer("step", scale.clone())
+        learn = bounds is not None
+        self.offset = nn.Parameter(torch.zeros_like(weight)) if learn else None
+        self.log_factor = nn.Parameter(torch.zeros_like(scale)) if learn else None
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """The step sizes as they are learned; `weight` is not looked at."""
+        if self.log_factor is None or self._bounds is None:
+            return self.step
+        return self.step * clamp_ste(self.log_factor, *self._bounds).exp()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Rounded weight, differentiable in V and θ."""
+        scale = self.scale(weight)
+        return dequantize(self._codes(weight, scale), scale, self.spec)
+
+    def _codes(self, weight: Tensor, scale: Tensor) -> Tensor:
+        blocks, block_scale = split_groups(weight.to(compute_dtype(weight)), scale, self.spec)
+        quotient = (blocks / block_scale).reshape(weight.shape)
+        if self.offset is not None:
+            quotient = quotient + clamp_ste(self.offset, -0.5, 0.5)
+        return round_ste(quotient).clamp(self.spec.qmin, self.spec.qmax)
+
+    @torch.no_grad()
+    def close(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Integer codes and step sizes of `weight`."""
+        scale = self.scale(weight).clone()
+        return self._codes(weight, scale), scale
+
+
+Rounding = NearestRounding | AdaptiveRounding | OffsetRounding
+"""What an open layer rounds its weight by."""
 
 
 def rounding_penalty(roundings: Iterable[object], progress: float) -> Tensor | None:

@@ -1,5 +1,10 @@
 """Distances between a quantised unit and its full-precision teacher."""
 
-from recon.losses.reconstruction import relative_error, token_weighted_error, token_weights
+from recon.losses.reconstruction import (
+    error_and_power,
+    relative_error,
+    token_weighted_error,
+    token_weights,
+)
 
-__all__ = ["relative_error", "token_weighted_error", "token_weights"]
+__all__ = ["error_and_power", "relative_error", "token_weighted_error", "token_weights"]

@@ -119,6 +119,29 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     return distance / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
 
+def error_and_power(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Tensor:
+    """Σ_t ω_t ‖student_t - teacher_t‖² and Σ_t ω_t ‖teacher_t‖², float64 [2].
+
+    Their quotient over all samples is the block objective J_B. Differentiable in the student.
+
+    Args:
+        student: [batch, tokens, channels].
+        teacher: [batch, tokens, channels].
+        weight: ω, not negative, [batch, tokens]; None counts all tokens alike.
+
+    Raises:
+        ConfigError: The shapes differ.
+
+    Source: Q-VLM (arXiv 2410.08119), eq. 3, normalised; ω as in MBQ (arXiv 2412.19509).
+    """
+    _check_shapes("error_and_power", student, teacher)
+    reference = _wide(teacher.detach())
+    squares = torch.stack([(_wide(student) - reference).square(), reference.square()]).sum(-1)
+    if weight is not None:
+        squares = squares * weight
+    return squares.flatten(1).double().sum(1)
+
+
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 

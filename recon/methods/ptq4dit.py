@@ -33,7 +33,7 @@ from recon.losses.reconstruction import token_weighted_error
 from recon.quantizers.affine import absmax_scale, weight_range
 from recon.quantizers.ranges import mse_clip_ratio, static_range_errors
 from recon.quantizers.salience import Aggregation, aggregate, balance_scale, weight_salience
-from recon.quantizers.spec import QuantSpec
+from recon.quantizers.spec import QuantSpec, Strategy
 
 BALANCED = ("attention_input", "attention_output", "feed_forward_up")
 """Roles of the inputs that are balanced: of q, k and v, of the projection, of the first
@@ -74,7 +74,7 @@ class PTQ4DiT(Reconstruction):
         ConfigError: A number is out of range.
     """
 
-    static_activations: ClassVar[bool] = True
+    activation_strategies: ClassVar[tuple[Strategy, ...]] = ("token", "tensor")
 
     def __init__(
         self,

@@ -41,6 +41,14 @@ def round_ste(x: Tensor) -> Tensor:
     return rounded
 
 
+def clamp_ste(x: Tensor, low: float, high: float) -> Tensor:
+    """Values held inside [low, high]; the gradient passes unchanged, so that x finds its way back.
+
+    Source: as `round_ste`.
+    """
+    return x + (x.clamp(low, high) - x).detach()
+
+
 def absmax_scale(absmax: Tensor, spec: QuantSpec) -> Tensor:
     """Scale of a range, absmax / spec.denominator, at least float32.
 
@@ -268,25 +276,34 @@ def fake_quantize_tokens(x: Tensor, spec: QuantSpec, clip: Tensor | None = None)
     return fake_quantize(x, absmax_scale(torch.maximum(upper, -lower), spec), spec)
 
 
-def static_grid(low: float, high: float, spec: QuantSpec) -> tuple[float, float]:
-    """Step size and zero-point of a fixed range.
+def static_grids(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Step sizes and zero-points of fixed ranges, float64 in the shape of `low`.
 
     A symmetric quantiser takes the larger end and the zero-point 0. An asymmetric one spans
     [low, high], with zero inside, in 2^bits - 1 steps. A range of nothing but zero gets step 1.
 
     Args:
-        low: Lower end, at most 0 or taken as 0.
-        high: Upper end, at least 0 or taken as 0.
-        spec: Strategy tensor.
+        low: Lower ends, at most 0 or taken as 0; any shape.
+        high: Upper ends, at least 0 or taken as 0.
+        spec: Strategy tensor or channel.
 
     Source: PTQ4DiT, quant_layer.py (asymmetric).
     """
-    low, high = min(low, 0.0), max(high, 0.0)
+    low, high = low.double().clamp(max=0), high.double().clamp(min=0)
     if spec.symmetric:
-        step = max(-low, high) / spec.denominator
-        return (step, 0.0) if step > 0 else (1.0, 0.0)
-    step = (high - low) / (spec.qmax - spec.qmin)
-    return (step, float(round(-low / step))) if step > 0 else (1.0, 0.0)
+        step = torch.maximum(-low, high) / spec.denominator
+    else:
+        step = (high - low) / (spec.qmax - spec.qmin)
+    step = torch.where(step > 0, step, 1.0)
+    zero_point = torch.zeros_like(step) if spec.symmetric else (-low / step).round()
+    return step, zero_point
+
+
+def static_grid(low: float, high: float, spec: QuantSpec) -> tuple[float, float]:
+    """`static_grids` of a single range, in Python floats."""
+    lowest, highest = (torch.tensor(end, dtype=torch.float64) for end in (low, high))
+    step, zero_point = static_grids(lowest, highest, spec)
+    return float(step), float(zero_point)
 
 
 def fake_quantize_static(x: Tensor, step: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
@@ -297,9 +314,9 @@ def fake_quantize_static(x: Tensor, step: Tensor, zero_point: Tensor, spec: Quan
 
     Args:
         x: Any shape.
-        step: Positive, a scalar.
-        zero_point: Code of zero, an integer in a float scalar.
-        spec: Strategy tensor.
+        step: Positive, a scalar or [channels].
+        zero_point: Code of zero, integers in a float tensor of the shape of `step`.
+        spec: Strategy tensor or channel.
 
     Source: PTQ4DiT, quant_layer.py: plain autograd through round and clamp, without LSQ's factor.
     """

@@ -19,7 +19,7 @@ class QuantSpec:
     | strategy | shape of the scale | for |
     |---|---|---|
     | tensor | [1, 1] | weights, static activations |
-    | channel | [out, 1] | weights |
+    | channel | [out, 1]; [channels] of activations | weights, static activations |
     | group | [out, in_ / group_size] | weights |
     | token | [..., 1], from the token itself | activations |
 
@@ -47,7 +47,7 @@ class QuantSpec:
 
     symmetric: bool = True
     """Whether zero is the middle of the range. False, with a zero-point, only for activations with
-    strategy tensor: asymmetric int4 weights do not reload in transformers."""
+    strategy tensor or channel: asymmetric int4 weights do not reload in transformers."""
 
     def __post_init__(self) -> None:
         """Refuse what no quantiser here can compute."""
@@ -68,10 +68,11 @@ class QuantSpec:
                 f"{', '.join(get_args(ScaleDenominator))}. Choose half_range for models to be "
                 "exported, qmax for the papers' numbers."
             )
-        if not self.symmetric and self.strategy != "tensor":
+        if not self.symmetric and self.strategy not in ("tensor", "channel"):
             raise ConfigError(
                 f"QuantSpec.symmetric is false, but strategy {self.strategy} has no zero-point "
-                "here. Set symmetric: true, or strategy: tensor for a static range of activations."
+                "here. Set symmetric: true, or strategy: tensor or channel for a static range of "
+                "activations."
             )
         self._check_group_size()
         self._check_dynamic()

@@ -94,7 +94,8 @@ def test_compare_prints_runs_side_by_side(recon: Call, finished_run: Path, tmp_p
 )
 def test_every_configuration_parses(recon: Call, config: Path) -> None:
     # A model's configuration goes on top of a method's.
-    base = "ptq4dit.yaml" if config.name.startswith("dit_") else "s2q_vdit.yaml"
+    bases = {"dit": "ptq4dit.yaml", "llava": "q_vlm.yaml", "qwen2": "q_vlm.yaml"}
+    base = bases.get(config.name.partition("_")[0], "s2q_vdit.yaml")
     files = [config] if config.parent == CONFIGS else [CONFIGS / base, config]
     arguments = [part for file in files for part in ("--config", str(file))]
     status, printed = recon(["fit", *arguments, "--print_config"])

@@ -113,13 +113,16 @@ def merged(names: tuple[str, ...]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", room.TEACHERS["image"].methods)
 def test_every_row_on_images_has_the_teacher_data_and_batches_of_ptq4dit(name: str) -> None:
     reference = merged(("ptq4dit",))
-    found = merged(room.TEACHERS["image"].methods[name][0])
+    configs, extra = room.TEACHERS["image"].methods[name]
+    found = merged(configs)
     for key in ("adapter", "weight", "batch_size", "micro_batch", "threads"):
         assert found["model"]["init_args"][key] == reference["model"]["init_args"][key]
     assert found["data"] == reference["data"]
     if "steps" in found["model"]["init_args"]:
+        given = dict(zip(extra[::2], extra[1::2], strict=True))
         for key in ("steps", "lr"):
-            assert found["model"]["init_args"][key] == reference["model"]["init_args"][key]
+            value = given.get(f"--model.{key}", found["model"]["init_args"][key])
+            assert float(value) == reference["model"]["init_args"][key]
 
 
 def test_a_method_of_the_other_teacher_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,6 +94,6 @@ def test_the_range_search_finds_the_least_error_and_its_parts_add_up() -> None:
     torch.testing.assert_close(halves[0] + halves[1], errors)
 
 
-def test_weights_have_no_zero_point() -> None:
-    with pytest.raises(ConfigError, match="strategy channel has no zero-point"):
-        QuantSpec(symmetric=False)
+def test_ranges_of_tokens_have_no_zero_point() -> None:
+    with pytest.raises(ConfigError, match="strategy token has no zero-point"):
+        QuantSpec(strategy="token", dynamic=True, symmetric=False)

@@ -22,6 +22,7 @@ from recon.layers.quant_linear import QuantLinear
 from recon.methods.adaround import AdaRound
 from recon.methods.gptq import GPTQ
 from recon.methods.ptq4dit import PTQ4DiT
+from recon.methods.q_vlm import QVLM
 from recon.methods.rtn import RoundToNearest
 from recon.methods.s2q_vdit import S2QVDiT
 from recon.methods.smoothquant import SmoothQuant
@@ -39,6 +40,7 @@ METHODS: dict[type[Reconstruction], dict[str, Any]] = {
     GPTQ: {},
     AdaRound: {"steps": 4, "lr": 0.05},
     PTQ4DiT: {"steps": 4, "lr": 0.05},
+    QVLM: {"steps": 4, "shrinks": (1.0, 0.8), "partition_by": "layerwise", "audited": 0},
 }
 SUMMARY = {
     "method": None,
