@@ -31,8 +31,8 @@ _NAME, _HEAD, _FONT = 116, 24, 14
 class ClassGrid(Evaluating):
     """Keeps a sheet of pictures in `<run folder>/samples`, and sends it to W&B.
 
-    A row for the first picture of each class, a column for each form of the network. Videos are
-    passed over.
+    A row for the first picture of each class, a column for each form of the network. Videos and
+    answers are passed over.
 
     Args:
         rows: Classes shown, those evaluated first; 0: no sheet.
@@ -52,11 +52,10 @@ class ClassGrid(Evaluating):
 
     def look(self, trainer: Trainer, outputs: Any, verb: str) -> None:
         """Keeps this rank's first picture of each class, in 8 bits."""
-        if not isinstance(outputs, Mapping) or "quantized" not in outputs:
+        samples = outputs.get("quantized") if isinstance(outputs, Mapping) else None
+        if not isinstance(samples, Tensor) or samples.ndim != 4:  # answers, or videos
             return
         models = [name for name in LABELS if name in outputs]
-        if outputs["quantized"].ndim != 4:
-            return
         for index, prompt in enumerate(outputs["prompt"]):
             order = self._count * ranks.world() + ranks.rank()  # place among all requests
             self._count += 1
