@@ -42,6 +42,8 @@ class ImageCalibration(SampledCalibration):
             folder share the set.
         stale: What to do with a set in that folder that was made for another configuration or
             teacher, or is damaged: refuse it, or build a new one in its place.
+        baselines: Folder that keeps what the teacher and round-to-nearest sample in an evaluation,
+            for other runs to compare with; null: sampled anew every time.
 
     Raises:
         ConfigError: A number is out of range.
@@ -66,6 +68,7 @@ class ImageCalibration(SampledCalibration):
         test_batch_size: int = 24,
         folder: str | None = None,
         stale: Literal["refuse", "rebuild"] = "refuse",
+        baselines: str | None = None,
     ) -> None:
         super().__init__()
         count = timesteps * samples_per_timestep
@@ -78,6 +81,7 @@ class ImageCalibration(SampledCalibration):
         self.held_out_samples = held_out_samples
         self.num_test_images, self.test_seed = num_test_images, test_seed
         self.test_batch_size, self.folder, self.stale = test_batch_size, folder, stale
+        self.baselines = baselines
         self._refuse_small(
             {
                 "timesteps": 2,
@@ -156,12 +160,12 @@ class ImageCalibration(SampledCalibration):
             for i in range(self.num_test_images)
         ]
 
-    def evaluation_settings(self) -> dict[str, Any]:
+    def sampling_settings(self) -> dict[str, Any]:
         """As the base; and how the adapter samples."""
         assert self.trainer is not None
         adapter = cast(DiT, self.trainer.lightning_module.adapter)
         how = {"sampler": adapter.sampler, "guided_channels": adapter.guided_channels}
-        return {**super().evaluation_settings(), **how}
+        return {**super().sampling_settings(), **how}
 
     def settings(self) -> dict[str, str | int | float | None]:
         """Numbers of trajectories, and how samples are spread."""

@@ -98,8 +98,7 @@ class SampledCalibration(KeptCalibration):
         """What an evaluation's numbers depend on, for its report."""
         texts = [prompt for prompt, _ in self.evaluation_requests()]
         return {
-            "steps": self.steps,
-            "guidance": self.guidance,
+            **self.sampling_settings(),
             "test_seed": self.test_seed,
             "prompts": len(texts),
             "prompts_sha256": text_hash(texts),

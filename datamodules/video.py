@@ -38,6 +38,8 @@ class VideoCalibration(SampledCalibration):
             folder share the set: methods are compared on the same samples, sampled once.
         stale: What to do with a set in that folder that was made for another configuration or
             teacher, or is damaged: refuse it, or build a new one in its place.
+        baselines: Folder that keeps what the teacher and round-to-nearest sample in an evaluation,
+            for other runs to compare with; null: sampled anew every time.
 
     Raises:
         ConfigError: A number is out of range.
@@ -61,6 +63,7 @@ class VideoCalibration(SampledCalibration):
         test_batch_size: int = 4,
         folder: str | None = None,
         stale: Literal["refuse", "rebuild"] = "refuse",
+        baselines: str | None = None,
     ) -> None:
         super().__init__()
         self.prompts, self.prompt_column, self.num_prompts = prompts, prompt_column, num_prompts
@@ -70,7 +73,7 @@ class VideoCalibration(SampledCalibration):
         self.held_out_prompts, self.held_out_samples = held_out_prompts, held_out_samples
         self.test_prompts, self.num_test_prompts = test_prompts, num_test_prompts
         self.test_seed, self.test_batch_size = test_seed, test_batch_size
-        self.folder, self.stale = folder, stale
+        self.folder, self.stale, self.baselines = folder, stale, baselines
         self.num_trajectories, self.held_out_trajectories = num_prompts, held_out_prompts
         self._refuse_small(
             {

@@ -1,7 +1,8 @@
 """`recon table`: methods against baselines on the same seeds, as the README prints them.
 
 Every row is a whole `recon fit` and `recon test` in its own process; runs of one seed share their
-calibration set where they select alike. Rows that are already in the folder are not run again.
+calibration set where they select alike, and all runs what the teacher and round-to-nearest sample.
+Rows that are already in the folder are not run again.
 """
 
 import argparse
@@ -163,6 +164,7 @@ def _run(row: Row, options: argparse.Namespace) -> None:
         *("--model.activation.num_bits", str(row.activation)),
         *("--model.seed", str(row.seed), "--data.seed", str(row.seed)),
         *("--data.folder", str(calibration)),
+        *("--data.baselines", str(options.folder / "baselines")),
         *("--trainer.default_root_dir", str(root), "--ckpt_path", "last", *shared),
     ]
     if not (root / "summary.json").is_file():

@@ -21,6 +21,9 @@ class CalibrationData(LightningDataModule):
     """Sampling steps of evaluation."""
     guidance: float
     """Guidance scale of evaluation."""
+    baselines: str | None = None
+    """Folder that keeps what the teacher and round-to-nearest sample, for other runs to compare
+    with; None: sampled anew in every evaluation."""
     seconds: float = 0.0
     """What calibration took in this process."""
 
@@ -55,6 +58,10 @@ class CalibrationData(LightningDataModule):
         return pipeline.generate(
             list(batch["prompt"]), list(batch["seed"]), steps=self.steps, guidance=self.guidance
         )
+
+    def sampling_settings(self) -> dict[str, Any]:
+        """What `outputs` depends on beside the pipeline and the batch."""
+        return {"steps": self.steps, "guidance": self.guidance}
 
     def train_dataloader(self) -> Any:
         """The engine's: batches are indices into the set, dealt unit by unit."""

@@ -1,6 +1,8 @@
 """What the teacher and its quantised forms make of the same batch: videos, images or answers."""
 
 from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 
 from recon.engine import attention
 from recon.engine.assembly import layer_groups, linear, nearest_layers
+from recon.engine.baselines import Baselines
 from recon.engine.data import CalibrationData
 from recon.engine.unit import Unit
 from recon.layers.quant_attention import QuantAttention
@@ -30,15 +33,30 @@ def sample(
         The batch, and under every form's name what `CalibrationData.outputs` makes with it.
     """
     data: CalibrationData = module.trainer.datamodule  # type: ignore[attr-defined]
+    device = module.trainer.strategy.root_device
+    kept = _baselines(module, data, device)
     result: dict[str, Any] = dict(batch)
     for form in forms:
         pipeline = module.pipelines.get(form)
         if pipeline is None:
-            device = module.trainer.strategy.root_device
             pipeline = module.adapter.pipeline(device, network(module, form, device))
             module.pipelines[form] = pipeline
-        result[form] = data.outputs(pipeline, batch)
+        make = partial(data.outputs, pipeline, batch)
+        learned = form == "quantized"
+        result[form] = (
+            make() if kept is None or learned else kept.get(pipeline.network, batch, make)
+        )
     return result
+
+
+def _baselines(
+    module: "Reconstruction", data: CalibrationData, device: torch.device
+) -> Baselines | None:
+    if data.baselines is None:
+        return None
+    settings = {**data.sampling_settings(), "dtype": str(module.adapter.compute_dtype(device))}
+    settings["device"] = device.type
+    return Baselines(Path(data.baselines).expanduser(), module.adapter, settings)
 
 
 def network(module: "Reconstruction", form: Form, device: torch.device) -> nn.Module:

@@ -1,8 +1,10 @@
 """Image transformers from the command line, on a tiny random DiT of DiT-XL's layout."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +57,56 @@ def test_the_baselines_run_on_images(
     assert summary["bits"] == {"weight": 4, "activation": 8}
     assert 0 < summary["error"]["reconstructed"] < 1
     assert len(list((root / "samples").glob("fit_*.png"))) == 2
+
+
+def test_runs_that_share_baselines_sample_them_once(
+    recon: Call, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, batches = ImagePipeline.generate, list[int]()
+
+    def counted(pipeline: ImagePipeline, labels: list[str], *given: Any, **named: Any) -> Tensor:
+        batches.append(len(labels))
+        return generate(pipeline, labels, *given, **named)
+
+    monkeypatch.setattr(ImagePipeline, "generate", counted)
+    kept, teacher = tmp_path / "baselines", tmp_path / "teacher"
+    shutil.copytree(images, teacher)
+    overlay = ("--config", str(CONFIGS / "models" / "image_teacher.yaml"))
+
+    def tested(root: Path, bits: int, *changed: str) -> tuple[dict[str, Any], int]:
+        if not root.exists():
+            made = image_arguments(root, teacher, *overlay, config="rtn", steps=None)
+            settings = ("--media.after_fit", "0", "--data.test_batch_size", "4")
+            status, printed = recon([*made, *settings, "--model.activation.num_bits", str(bits)])
+            assert status == 0, printed
+        batches.clear()
+        status, printed = recon(["test", "--run", str(root), *changed])
+        assert status == 0, printed
+        return json.loads((root / "test.json").read_text()), len(batches)
+
+    share = ("--data.baselines", str(kept))
+    first, eight, six = tmp_path / "first", tmp_path / "eight", tmp_path / "six"
+    alone, calls = tested(first, 8)
+    assert calls == 3
+    assert not kept.exists()
+    shared, calls = tested(first, 8, *share)
+    assert calls == 3
+    assert len(list(kept.iterdir())) == 2
+    assert shared["samples"] == alone["samples"]
+    again, calls = tested(eight, 8, *share)
+    assert calls == 1
+    assert again["samples"] == alone["samples"]
+    assert tested(six, 6, *share)[1] == 2  # another round-to-nearest
+    assert tested(six, 6, *share, "--data.guidance", "3")[1] == 3
+    for file in kept.iterdir():
+        file.write_bytes(file.read_bytes()[:-1])
+    mended, calls = tested(first, 8, *share)
+    assert calls == 3
+    assert mended["samples"] == alone["samples"]
+    assert tested(first, 8, *share)[1] == 1
+    vae = next((teacher / "vae").glob("*.safetensors"))
+    vae.write_bytes(vae.read_bytes()[:-1] + b"\0")
+    assert tested(first, 8, *share)[1] == 3
 
 
 @pytest.mark.slow

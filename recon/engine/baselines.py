@@ -1,0 +1,105 @@
+"""Samples that do not depend on what a run learned, kept on disk for the runs compared with it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from recon.errors import ConfigError
+from recon.layers.quant_attention import QuantAttention
+from recon.layers.quant_linear import QuantLinear
+from recon.models.adapter import ModelAdapter
+
+ENDS = 2**20
+"""Bytes read at each end of a file to tell it from another, as checkpoints are told apart."""
+
+
+class Baselines:
+    """What the teacher and round-to-nearest sample, kept in a folder under all that it depends on.
+
+    Args:
+        folder: Where samples are kept, one file per batch and form.
+        adapter: Of the teacher; a change of any file in a folder it names is another teacher.
+        settings: What samples depend on beside it: steps, guidance, device, ...
+    """
+
+    def __init__(self, folder: Path, adapter: ModelAdapter, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        arguments = adapter.arguments()
+        others = (Path(value) for value in arguments.values() if isinstance(value, str))
+        self._shared = {
+            "teacher": [_files(place) for place in (adapter.folder, *others) if place.is_dir()],
+            "adapter": [type(adapter).__qualname__, arguments],
+            "settings": dict(settings),
+            # Sums are split by threads, and rounded as a library's version does.
+            "threads": torch.get_num_threads(),
+            "versions": {name: version(name) for name in ("torch", "diffusers")},
+        }
+
+    def get(
+        self, network: nn.Module, batch: Mapping[str, Any], make: Callable[[], Tensor]
+    ) -> Tensor:
+        """The samples of a batch: those kept, or else what `make` gives, which are kept then.
+
+        A damaged file is made anew.
+
+        Args:
+            network: The teacher, or its round-to-nearest form; its quantisers are read.
+            batch: Prompts and seeds.
+            make: Samples them, a tensor on the CPU.
+
+        Raises:
+            ConfigError: The folder cannot be written.
+        """
+        content = {**self._shared, "network": _quantizers(network), "batch": dict(batch)}
+        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        path = self.folder / f"{key}.safetensors"
+        try:
+            return load_file(path)["samples"]
+        except (OSError, KeyError, safetensors.SafetensorError):
+            samples = make()
+        aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({"samples": samples.contiguous()}, aside)
+            os.replace(aside, path)
+        except OSError as error:
+            raise ConfigError(
+                f"data.baselines is {str(self.folder)!r}, which cannot be written: {error}. Name a "
+                "folder that can, or null."
+            ) from error
+        return samples
+
+
+def _quantizers(network: nn.Module) -> dict[str, Any]:
+    """Every quantiser of a network by its place; none in full precision."""
+    found: dict[str, Any] = {}
+    for name, part in network.named_modules():
+        if isinstance(part, QuantLinear):
+            activation = part.activation_spec
+            found[name] = [asdict(part.weight_spec), activation and asdict(activation)]
+        elif isinstance(part, QuantAttention):
+            found[name] = [asdict(part.activation), part.softmax_bits]
+    return found
+
+
+def _files(folder: Path) -> str:
+    """Hash over name, size and both ends of every file below `folder`."""
+    digest = hashlib.sha256()
+    for path in sorted(file for file in folder.rglob("*") if file.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)}\0{size}\0".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(ENDS))
+            file.seek(max(0, size - ENDS))
+            digest.update(file.read())
+    return digest.hexdigest()
