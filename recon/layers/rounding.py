@@ -20,6 +20,7 @@ from recon.quantizers.affine import codes as nearest_codes
 from recon.quantizers.rounding import (
     WARMUP,
     beta_schedule,
+    halfway,
     hard_codes,
     initial_logits,
     rounding_regularizer,
@@ -86,17 +87,25 @@ class AdaptiveRounding(nn.Module):
         weight: The weight to be rounded, [out, channels].
         scale: Its step sizes.
         spec: Its grid.
+        codes: Codes that it is to lie near at the start, [out, channels], such as GPTQ's; None: it
+            starts unrounded, at the weight.
 
     Source: AdaRound (arXiv 2004.10568) as block reconstruction uses it (BRECQ, PTQ4DiT).
     """
 
     step: Tensor
+    origin: Tensor | None
 
-    def __init__(self, weight: Tensor, scale: Tensor, spec: QuantSpec) -> None:
+    def __init__(
+        self, weight: Tensor, scale: Tensor, spec: QuantSpec, codes: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.register_buffer("step", scale.clone())
-        self.logits = nn.Parameter(initial_logits(weight, scale))
+        # Up and down are those of the start: codes may lie further from the weight than one step.
+        origin = None if codes is None else halfway(weight, codes, scale, spec)
+        self.register_buffer("origin", origin)
+        self.logits = nn.Parameter(initial_logits(weight if origin is None else origin, scale))
 
     def scale(self, weight: Tensor) -> Tensor:
         """The fixed step sizes; `weight` is not looked at."""
@@ -104,13 +113,17 @@ class AdaptiveRounding(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Softly rounded weight, differentiable in the logits."""
-        soft = soft_codes(weight, self.step, self.logits, self.spec)
+        soft = soft_codes(self._origin(weight), self.step, self.logits, self.spec)
         return dequantize(soft, self.step, self.spec)
 
     @torch.no_grad()
     def close(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Integer codes and step sizes of `weight`."""
-        return hard_codes(weight, self.step, self.logits, self.spec), self.step.clone()
+        origin = self._origin(weight)
+        return hard_codes(origin, self.step, self.logits, self.spec), self.step.clone()
+
+    def _origin(self, weight: Tensor) -> Tensor:
+        return weight if self.origin is None else self.origin
 
 
 class OffsetRounding(nn.Module):

@@ -26,11 +26,12 @@ from recon.engine.unit import LayerGroup, OpenUnit
 from recon.errors import ConfigError
 from recon.layers.quant_attention import OPERANDS, QuantAttention
 from recon.layers.quant_linear import QuantLinear
-from recon.layers.rounding import AdaptiveRounding, NearestRounding, rounding_penalty
+from recon.layers.rounding import AdaptiveRounding, rounding_penalty
 from recon.layers.static_range import StaticRange
 from recon.layers.transform import InputTransform
 from recon.losses.reconstruction import token_weighted_error
 from recon.quantizers.affine import absmax_scale, weight_range
+from recon.quantizers.gptq import gptq_codes
 from recon.quantizers.ranges import mse_clip_ratio, static_range_errors
 from recon.quantizers.salience import Aggregation, aggregate, balance_scale, weight_salience
 from recon.quantizers.spec import QuantSpec, Strategy
@@ -54,6 +55,8 @@ class PTQ4DiT(Reconstruction):
         balance_feed_forward_down: Whether the input behind GELU is balanced too. No layer can take
             over its scale, so it stays a multiplication at run time; ours, not the paper's.
         reconstruct: Learn the rounding; false: round to nearest on the same step sizes.
+        rounding_start: Where the rounding logits start: at the teacher's `weight` (paper), or
+            halfway from there to the codes of `gptq`; ours, for few steps.
         steps: Optimizer steps of each unit. Source: 20,000 in the code.
         lr: Of the rounding logits (Adam, constant). Source: 1e-3, for 20,000 steps.
         rounding_weight: Of the regulariser, a sum over the unit's weights. Source: 0.01.
@@ -84,6 +87,7 @@ class PTQ4DiT(Reconstruction):
         gauge: bool = True,
         balance_feed_forward_down: bool = False,
         reconstruct: bool = True,
+        rounding_start: Literal["weight", "gptq"] = "weight",
         steps: int = 20_000,
         lr: float = 1e-3,
         rounding_weight: float = 0.01,
@@ -101,7 +105,8 @@ class PTQ4DiT(Reconstruction):
                 raise ConfigError(f"model.{name} must be at least {least}, got {value}.")
         self.balance, self.salience, self.ssc_over = balance, salience, ssc_over
         self.gauge, self.balance_feed_forward_down = gauge, balance_feed_forward_down
-        self.reconstruct, self.steps, self.lr = reconstruct, steps, lr
+        self.reconstruct, self.rounding_start = reconstruct, rounding_start
+        self.steps, self.lr = steps, lr
         self.rounding_weight, self.lambda_scaling, self.grid = rounding_weight, lambda_scaling, grid
         self.step_size, self.step_lr, self.range_tokens = step_size, step_lr, range_tokens
         self._tokens = PUBLISHED_TOKENS
@@ -117,6 +122,11 @@ class PTQ4DiT(Reconstruction):
         fixed = self.activation is not None and self.activation.strategy == "tensor"
         return self.range_tokens if fixed else 0
 
+    @property
+    def wants_gram(self) -> bool:
+        """What GPTQ minimises over: the teacher's inputs."""
+        return self.reconstruct and self.rounding_start == "gptq"
+
     def unit_steps(self, samples: int) -> int:
         """The configured number, whatever the number of samples."""
         return self.steps if self.reconstruct else 1
@@ -124,10 +134,11 @@ class PTQ4DiT(Reconstruction):
     # Opening: CSB on SSC's salience, then step sizes --------------------------------------------
 
     def open_unit(self, unit: OpenUnit) -> dict[str, QuantLinear]:
-        """Layers on balanced weights, whose rounding starts exactly at the teacher's weight."""
+        """Layers on balanced weights, whose rounding starts at the teacher's or near GPTQ's."""
         layers = {}
         for group in unit.groups:
             transform = self._transform(group, unit)
+            gram = self._balanced_gram(group, unit, transform)
             for name, module in group.linears.items():
                 weight = module.weight.float()
                 balanced = weight if transform is None else transform.weight(weight)
@@ -136,7 +147,7 @@ class PTQ4DiT(Reconstruction):
                     self.weight,
                     self.activation_spec(group.role),
                     transform=transform,
-                    rounding=self._rounding(balanced),
+                    rounding=self._rounding(balanced, gram),
                 )
         return layers
 
@@ -161,6 +172,18 @@ class PTQ4DiT(Reconstruction):
         if scale is None and static is None:
             return None
         return InputTransform(scale, learn_scale=False, static=static)
+
+    def _balanced_gram(
+        self, group: LayerGroup, unit: OpenUnit, transform: InputTransform | None
+    ) -> Tensor | None:
+        """Sum of b x xᵀ b over tokens; None where no rounding starts from it."""
+        if not self.wants_gram:
+            return None
+        gram = unit.record.gram[group.name].double()
+        if transform is None or transform.channel_scale is None:
+            return gram
+        scale = transform.channel_scale.double()
+        return scale[:, None] * gram * scale
 
     def open_attention(self, name: str, unit: OpenUnit) -> QuantAttention:
         """Products on fixed ranges where activations have them, else on ranges per token.
@@ -187,10 +210,12 @@ class PTQ4DiT(Reconstruction):
         learn = self.step_size if self.reconstruct else None
         return StaticRange(best * low, best * high, spec, learn)
 
-    def _rounding(self, weight: Tensor) -> NearestRounding | AdaptiveRounding:
+    def _rounding(self, weight: Tensor, gram: Tensor | None) -> AdaptiveRounding:
         absmax = weight_range(weight, self.weight)
         ratio = mse_clip_ratio(weight, self.weight, self.grid)
-        return AdaptiveRounding(weight, absmax_scale(absmax * ratio, self.weight), self.weight)
+        scale = absmax_scale(absmax * ratio, self.weight)
+        codes = None if gram is None else gptq_codes(weight, gram, scale, self.weight)
+        return AdaptiveRounding(weight, scale, self.weight, codes)
 
     # Training: AdaRound on block outputs --------------------------------------------------------
 

@@ -16,11 +16,13 @@ from recon.engine.checkpoints import written
 from recon.engine.sampling import network
 from recon.engine.stage_data import run_blocks, timestep_rows
 from recon.errors import CapabilityMissing, ConfigError
+from recon.layers.rounding import AdaptiveRounding
 from recon.layers.static_range import StaticRange
 from recon.methods.ptq4dit import PUBLISHED_TOKENS, PTQ4DiT
 from recon.models.cogvideox import CogVideoX
 from recon.models.dit import DiT
-from recon.quantizers.affine import static_grid
+from recon.quantizers.affine import codes, static_grid
+from recon.quantizers.gptq import gptq_codes
 from recon.quantizers.spec import QuantSpec
 from tests.engine.tiny_run import (
     Interruption,
@@ -131,6 +133,34 @@ def test_balancing_and_the_start_of_rounding_change_no_output(
     assert looked.seen
 
 
+@pytest.mark.parametrize("name", ["attn1.to_q", "ff.net.2"])
+def test_rounding_can_start_at_the_codes_that_gptq_finds_on_balanced_inputs(
+    name: str, teacher: Path, samples: Path, tmp_path: Path
+) -> None:
+    def look(module: LightningModule) -> None:
+        assert isinstance(module, PTQ4DiT)
+        assert module.opened is not None
+        layer = module.opened.layers[f"transformer_blocks.0.{name}"]
+        rounding, weight = layer.rounding, layer.teacher_weight
+        assert isinstance(rounding, AdaptiveRounding)
+        assert weight is not None
+        inputs = torch.cat([x.flatten(0, -2) for x in inputs_of(module, name).values()]).double()
+        if layer.transform is not None:
+            assert layer.transform.channel_scale is not None
+            inputs = inputs * layer.transform.channel_scale
+            weight = layer.transform.weight(weight)
+        weight = weight.float()
+        expected = gptq_codes(weight, inputs.T @ inputs, rounding.step, module.weight)
+        start, _ = rounding.close(weight)
+        assert float((start == expected).float().mean()) > 0.995  # sums in another order
+        nearest = codes(weight, rounding.step, module.weight)
+        assert float((start == nearest).float().mean()) < 0.95
+
+    looked = First(look)
+    fit(tmp_path, method(teacher, rounding_start="gptq"), samples, looked)
+    assert looked.seen
+
+
 CPU = torch.device("cpu")
 STATIC = QuantSpec(num_bits=8, strategy="tensor", symmetric=False)
 SWITCHES: list[dict[str, Any]] = [
@@ -145,6 +175,7 @@ SWITCHES: list[dict[str, Any]] = [
     {"rounding_weight": 10.0},
     {"lambda_scaling": "none", "rounding_weight": 10.0},
     {"grid": 2},
+    {"rounding_start": "gptq"},
     {"activation": STATIC},
     {"activation": STATIC, "balance": "none"},
     {"activation": STATIC, "reconstruct": False},
@@ -215,12 +246,18 @@ def test_ranges_of_attention_come_from_the_unbalanced_operands_of_all_samples(
     assert manifest["attentions"]["transformer_blocks.1.attn1"]["softmax_bits"] == 6
 
 
+LEARNED_STEPS = {"activation": STATIC, "quantize_attention": True, "step_lr": 0.05}
+
+
 @pytest.mark.parametrize("step", [4, 9])
-def test_learned_steps_of_attention_continue_bit_for_bit(
-    step: int, teacher: Path, samples: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    "switches", [LEARNED_STEPS, {"rounding_start": "gptq"}], ids=["steps of attention", "gptq"]
+)
+def test_what_is_learned_continues_bit_for_bit(
+    switches: dict[str, Any], step: int, teacher: Path, samples: Path, tmp_path: Path
 ) -> None:
     def make() -> PTQ4DiT:
-        return method(teacher, activation=STATIC, quantize_attention=True, step_lr=0.05)
+        return method(teacher, **switches)
 
     class Stop(Callback):
         def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
@@ -236,7 +273,8 @@ def test_learned_steps_of_attention_continue_bit_for_bit(
     steps = sorted(after.after)
     assert steps[0] > step - 2
     assert steps[-1] == 12
-    assert any(".attn1" in key or "/attn1.ranges" in key for key in after.after[12])
+    if switches is LEARNED_STEPS:
+        assert any(".attn1" in key or "/attn1.ranges" in key for key in after.after[12])
     for number, state in after.after.items():
         assert_same(state, whole.after[number])
     assert quantized_bytes(tmp_path / "stopped") == quantized_bytes(tmp_path / "whole")
