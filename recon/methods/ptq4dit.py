@@ -30,7 +30,7 @@ from recon.layers.rounding import AdaptiveRounding, rounding_penalty
 from recon.layers.static_range import StaticRange
 from recon.layers.transform import InputTransform
 from recon.losses.reconstruction import token_weighted_error
-from recon.quantizers.affine import absmax_scale, weight_range
+from recon.quantizers.affine import absmax_scale, fake_quantize_tokens, weight_range
 from recon.quantizers.gptq import gptq_codes
 from recon.quantizers.ranges import mse_clip_ratio, static_range_errors
 from recon.quantizers.salience import Aggregation, aggregate, balance_scale, weight_salience
@@ -69,8 +69,9 @@ class PTQ4DiT(Reconstruction):
             step of a softmax and leaves nothing positive.
         step_lr: Of the activation step sizes (Adam, cosine to 0): 1e-3 for logarithms, 4e-5 is the
             code's for absolute ones.
-        range_tokens: Tokens of each sample that fixed ranges are searched on. Deviates: the code
-            searches on class 0 behind a quantised prefix; here it is every sample's teacher.
+        range_tokens: Tokens of each sample that fixed ranges are searched on, and GPTQ's start.
+            Deviates: the code searches on class 0 behind a quantised prefix; here it is every
+            sample's teacher.
         **kwargs: Arguments of `Reconstruction`.
 
     Raises:
@@ -118,13 +119,12 @@ class PTQ4DiT(Reconstruction):
 
     @property
     def wants_tokens(self) -> int:
-        """Some tokens of each sample, to search fixed ranges on."""
+        """Some tokens of each sample, for fixed ranges and for GPTQ."""
         fixed = self.activation is not None and self.activation.strategy == "tensor"
-        return self.range_tokens if fixed else 0
+        return self.range_tokens if fixed or self._starts_at_gptq else 0
 
     @property
-    def wants_gram(self) -> bool:
-        """What GPTQ minimises over: the teacher's inputs."""
+    def _starts_at_gptq(self) -> bool:
         return self.reconstruct and self.rounding_start == "gptq"
 
     def unit_steps(self, samples: int) -> int:
@@ -138,7 +138,7 @@ class PTQ4DiT(Reconstruction):
         layers = {}
         for group in unit.groups:
             transform = self._transform(group, unit)
-            gram = self._balanced_gram(group, unit, transform)
+            gram = self._gram(group, unit, transform) if self._starts_at_gptq else None
             for name, module in group.linears.items():
                 weight = module.weight.float()
                 balanced = weight if transform is None else transform.weight(weight)
@@ -173,17 +173,20 @@ class PTQ4DiT(Reconstruction):
             return None
         return InputTransform(scale, learn_scale=False, static=static)
 
-    def _balanced_gram(
-        self, group: LayerGroup, unit: OpenUnit, transform: InputTransform | None
-    ) -> Tensor | None:
-        """Sum of b x xᵀ b over tokens; None where no rounding starts from it."""
-        if not self.wants_gram:
-            return None
-        gram = unit.record.gram[group.name].double()
-        if transform is None or transform.channel_scale is None:
-            return gram
-        scale = transform.channel_scale.double()
-        return scale[:, None] * gram * scale
+    def _gram(self, group: LayerGroup, unit: OpenUnit, transform: InputTransform | None) -> Tensor:
+        """Sum of x̂ x̂ᵀ over tokens, where x̂ is the balanced input as the grid has it.
+
+        Unquantised inputs would have GPTQ lean on correlations that the grid's noise destroys: at
+        4 bits that start is worse than none.
+        """
+        spec = self.activation_spec(group.role)
+        summed = torch.zeros((), dtype=torch.float64)
+        for tokens in unit.record.tokens[group.name]:
+            seen = tokens if transform is None else transform(tokens)
+            if spec is not None and spec.dynamic:
+                seen = fake_quantize_tokens(seen, spec)
+            summed = summed.to(seen.device) + (seen.T @ seen).double()  # as in every record
+        return ranks.total(summed)
 
     def open_attention(self, name: str, unit: OpenUnit) -> QuantAttention:
         """Products on fixed ranges where activations have them, else on ranges per token.

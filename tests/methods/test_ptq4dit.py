@@ -21,7 +21,7 @@ from recon.layers.static_range import StaticRange
 from recon.methods.ptq4dit import PUBLISHED_TOKENS, PTQ4DiT
 from recon.models.cogvideox import CogVideoX
 from recon.models.dit import DiT
-from recon.quantizers.affine import codes, static_grid
+from recon.quantizers.affine import codes, fake_quantize_tokens, static_grid
 from recon.quantizers.gptq import gptq_codes
 from recon.quantizers.spec import QuantSpec
 from tests.engine.tiny_run import (
@@ -133,6 +133,9 @@ def test_balancing_and_the_start_of_rounding_change_no_output(
     assert looked.seen
 
 
+EIGHT = QuantSpec(num_bits=8, strategy="token", dynamic=True)
+
+
 @pytest.mark.parametrize("name", ["attn1.to_q", "ff.net.2"])
 def test_rounding_can_start_at_the_codes_that_gptq_finds_on_balanced_inputs(
     name: str, teacher: Path, samples: Path, tmp_path: Path
@@ -149,6 +152,7 @@ def test_rounding_can_start_at_the_codes_that_gptq_finds_on_balanced_inputs(
             assert layer.transform.channel_scale is not None
             inputs = inputs * layer.transform.channel_scale
             weight = layer.transform.weight(weight)
+        inputs = fake_quantize_tokens(inputs.float(), EIGHT).double()
         weight = weight.float()
         expected = gptq_codes(weight, inputs.T @ inputs, rounding.step, module.weight)
         start, _ = rounding.close(weight)
@@ -157,7 +161,7 @@ def test_rounding_can_start_at_the_codes_that_gptq_finds_on_balanced_inputs(
         assert float((start == nearest).float().mean()) < 0.95
 
     looked = First(look)
-    fit(tmp_path, method(teacher, rounding_start="gptq"), samples, looked)
+    fit(tmp_path, method(teacher, rounding_start="gptq", activation=EIGHT), samples, looked)
     assert looked.seen
 
 
