@@ -71,6 +71,7 @@ TEACHERS: dict[str, Teacher] = {
             "ptq4dit": (("ptq4dit",), ()),
             "ptq4dit_faithful": (("ptq4dit_faithful",), ()),
             "ptq4dit_reconstruction": (("ptq4dit",), NO_BALANCE),
+            "ptq4dit_from_weight": (("ptq4dit",), ("--model.rounding_start", "weight")),
             "ptq4dit_balancing": (("ptq4dit",), NO_RECONSTRUCTION),
             "ptq4dit_neither": (("ptq4dit",), (*NO_BALANCE, *NO_RECONSTRUCTION)),
             "ptq4dit_mean": (("ptq4dit",), ("--model.salience", "mean")),

@@ -20,7 +20,6 @@ from recon.quantizers.affine import codes as nearest_codes
 from recon.quantizers.rounding import (
     WARMUP,
     beta_schedule,
-    halfway,
     hard_codes,
     initial_logits,
     rounding_regularizer,
@@ -87,8 +86,8 @@ class AdaptiveRounding(nn.Module):
         weight: The weight to be rounded, [out, channels].
         scale: Its step sizes.
         spec: Its grid.
-        codes: Codes that it is to lie near at the start, [out, channels], such as GPTQ's; None: it
-            starts unrounded, at the weight.
+        codes: Codes that it starts halfway to, [out, channels], such as GPTQ's; None: it starts at
+            the weight.
 
     Source: AdaRound (arXiv 2004.10568) as block reconstruction uses it (BRECQ, PTQ4DiT).
     """
@@ -102,8 +101,8 @@ class AdaptiveRounding(nn.Module):
         super().__init__()
         self.spec = spec
         self.register_buffer("step", scale.clone())
+        origin = None if codes is None else (weight + dequantize(codes, scale, spec)) / 2
         # Up and down are those of the start: codes may lie further from the weight than one step.
-        origin = None if codes is None else halfway(weight, codes, scale, spec)
         self.register_buffer("origin", origin)
         self.logits = nn.Parameter(initial_logits(weight if origin is None else origin, scale))
 

@@ -134,7 +134,7 @@ class PTQ4DiT(Reconstruction):
     # Opening: CSB on SSC's salience, then step sizes --------------------------------------------
 
     def open_unit(self, unit: OpenUnit) -> dict[str, QuantLinear]:
-        """Layers on balanced weights, whose rounding starts at the teacher's or near GPTQ's."""
+        """Layers on balanced weights, whose rounding starts there or halfway to GPTQ's codes."""
         layers = {}
         for group in unit.groups:
             transform = self._transform(group, unit)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from recon.errors import ConfigError
-from recon.quantizers.affine import compute_dtype, dequantize
+from recon.quantizers.affine import compute_dtype
 from recon.quantizers.spec import QuantSpec
 
 ZETA = 1.1
@@ -24,9 +24,6 @@ BETA_END = 2.0
 
 WARMUP = 0.2
 """Share of training without a regulariser. Source: BRECQ, PTQ4DiT (quant_sample.py:159)."""
-
-HALFWAY = 0.45
-"""Steps; a start that leaves its code by less than one half still rounds to it."""
 
 
 def rectified_sigmoid(logits: Tensor) -> Tensor:
@@ -49,22 +46,6 @@ def initial_logits(weight: Tensor, scale: Tensor) -> Tensor:
     quotient = _quotient(weight, scale)
     fraction = quotient - quotient.floor()
     return -torch.log((ZETA - GAMMA) / (fraction - GAMMA) - 1)
-
-
-def halfway(weight: Tensor, codes: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """The weight [out, in_] that lies halfway from given codes to `weight`.
-
-    At it, h favours the given code and still reaches the neighbour on the side of `weight`. Where
-    the two are more than a step apart, it stays within HALFWAY of the code.
-
-    Args:
-        weight: [out, in_].
-        codes: Integers in a float tensor, [out, in_].
-        scale: Positive, [out, 1], [out, groups] or [1, 1].
-        spec: Gives the size of the groups.
-    """
-    near = (_quotient(weight, scale) - codes).div(2).clamp(-HALFWAY, HALFWAY)
-    return dequantize(codes + near, scale, spec)
 
 
 def soft_codes(weight: Tensor, scale: Tensor, logits: Tensor, spec: QuantSpec) -> Tensor:

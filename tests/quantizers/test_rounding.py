@@ -31,31 +31,6 @@ def test_negative_weights_are_rounded_up_from_their_floor() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "spec", [QuantSpec(num_bits=4), QuantSpec(num_bits=3, strategy="group", group_size=8)]
-)
-def test_halfway_rounds_to_the_code_and_reaches_the_neighbour_towards_the_weight(
-    spec: QuantSpec,
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(5, 32, generator=generator, dtype=torch.float64)
-    scale = absmax_scale(weight_range(weight, spec), spec)
-    shift = torch.randint(-2, 3, weight.shape, generator=generator)
-    given = (codes(weight, scale, spec) + shift).clamp(spec.qmin, spec.qmax)
-    origin = rounding.halfway(weight, given, scale, spec)
-    logits = rounding.initial_logits(origin, scale)
-    assert torch.equal(rounding.hard_codes(origin, scale, logits, spec), given)
-    wide = scale.repeat_interleave(32 // scale.shape[1], 1)
-    apart = weight / wide - given
-    near = apart.abs() < 0.9
-    torch.testing.assert_close((origin / wide - given)[near], apart[near] / 2)
-    flipped = rounding.hard_codes(origin, scale, torch.where(apart > 0, 9.0, -9.0), spec)
-    towards = (given + apart.sign()).clamp(spec.qmin, spec.qmax)
-    assert torch.equal(flipped[apart != 0], towards[apart != 0])
-    away = rounding.hard_codes(origin, scale, torch.where(apart > 0, -9.0, 9.0), spec)
-    assert torch.equal(away[apart != 0], given[apart != 0])
-
-
 def test_codes_stay_on_the_grid_and_follow_the_logits() -> None:
     spec = QuantSpec(num_bits=2)
     weight, scale = torch.tensor([[-9.0, 0.4, 9.0]]), torch.ones(1, 1)
