@@ -31,3 +31,7 @@ class BudgetError(ReconError):
 
 class NumericsError(ReconError):
     """A tensor that must be finite holds NaN or Inf."""
+
+
+class ExportError(ReconError):
+    """A result cannot be written in a format, or what was written does not load as it should."""

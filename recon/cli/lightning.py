@@ -21,6 +21,7 @@ from recon.callbacks.answers import AnswerMetrics
 from recon.callbacks.checkpoints import StepCheckpoint, UnitCheckpoint
 from recon.callbacks.class_grid import ClassGrid
 from recon.callbacks.evaluation import PairedMetrics
+from recon.callbacks.exports import ExportAtEnd
 from recon.callbacks.progress import UnitProgress
 from recon.callbacks.samples import MediaLogger, SampleWriter
 from recon.callbacks.summary import RunSummary
@@ -38,8 +39,8 @@ from recon.errors import CheckpointMismatch, ConfigError
 DESCRIPTION = """Post-training quantisation of diffusion transformers, unit by unit.
 
 `recon COMMAND --run FOLDER` takes configuration and newest checkpoint from a run folder. Further
-commands, each with --help: compare (runs side by side), table (methods against baselines),
-bench-step (speed of one step on a block of real size)."""
+commands, each with --help: export (formats of other libraries), compare (runs side by side), table
+(methods against baselines), bench-step (speed of one step on a block of real size)."""
 
 
 class SavedConfig(SaveConfigCallback):
@@ -71,6 +72,7 @@ class ReconCLI(LightningCLI):
         parser.add_lightning_class_args(MediaLogger, "media")
         parser.add_lightning_class_args(ClassGrid, "class_grid")
         parser.add_lightning_class_args(SampleWriter, "writer")
+        parser.add_lightning_class_args(ExportAtEnd, "export")
         parser.add_argument("--wandb", type=bool, default=True, help="Track the run in W&B.")
         parser.add_argument("--wandb_project", type=str, default="recon", help="W&B project.")
 

@@ -28,6 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             bench_step(given[1:])
             return
+        if given[:1] == ["export"]:
+            from recon.cli.export import export
+
+            export(given[1:])
+            return
         # Lightning and torch take seconds to import: `compare --help` need not wait for them.
         from recon.cli.lightning import run
 

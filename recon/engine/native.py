@@ -16,9 +16,9 @@ import importlib
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -38,7 +38,7 @@ from recon.quantizers.spec import QuantSpec
 if TYPE_CHECKING:
     from recon.engine.reconstruction import Reconstruction
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILES = ("config.json", "network.safetensors", "quantized.safetensors")
 
 
@@ -123,6 +123,76 @@ def _tensors(layers: dict[str, QuantLinear]) -> tuple[dict[str, Tensor], dict[st
     return tensors, owners
 
 
+@dataclass(frozen=True)
+class Native:
+    """A `quantized` folder whose files are those its manifest lists."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    adapter: ModelAdapter
+    """On the folder itself: there is a network in it, and no pipeline."""
+
+    def unquantized(self) -> dict[str, Tensor]:
+        """Every tensor that is not quantised, by its name in the network, as it is stored."""
+        return load_file(self.folder / "network.safetensors")
+
+    def layers(self, device: torch.device | str = "cpu") -> dict[str, QuantLinear]:
+        """The closed layers by full dotted name, each time anew; their biases are not theirs."""
+        saved = load_file(self.folder / "quantized.safetensors", device=str(device))
+        described: dict[str, Any] = self.manifest["layers"]
+        groups: dict[str, list[str]] = {}
+        for name, facts in described.items():
+            groups.setdefault(facts["transform"] or name, []).append(name)
+        return adopted(
+            saved,
+            {n: (facts["out_features"], facts["in_features"]) for n, facts in described.items()},
+            list(groups.values()),
+            QuantSpec(**self.manifest["weight"]),
+            {n: f["activation"] and QuantSpec(**f["activation"]) for n, f in described.items()},
+        )
+
+    def attentions(self, device: torch.device | str = "cpu") -> dict[str, QuantAttention]:
+        """The quantised products of attentions by full dotted name, each time anew."""
+        saved = load_file(self.folder / "quantized.safetensors", device=str(device))
+        return {
+            name: QuantAttention.closed(
+                own(saved, name), QuantSpec(**facts["activation"]), facts["softmax_bits"]
+            )
+            for name, facts in self.manifest["attentions"].items()
+        }
+
+    def network(self, device: torch.device | str = "cpu") -> nn.Module:
+        """The public class with the closed layers in it, in eval mode, not requiring gradients."""
+        network = self.adapter.network_from(self.unquantized(), device)
+        layers = self.layers(device)
+        for name, layer in layers.items():
+            layer.bias = network.get_submodule(name).bias  # type: ignore[assignment]
+            layer.to(device)
+        put_in(self.adapter, network, self.attentions(device))
+        return replace(network, layers).requires_grad_(False).eval()
+
+
+def read_native(
+    run: str | Path,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+) -> Native:
+    """The result of a finished run, without its weights.
+
+    Args:
+        run: Run folder, or its `quantized` folder.
+        dtype: Floating type of the network, a word of `ModelAdapter`; None: that of the run.
+
+    Raises:
+        CheckpointMismatch: The folder is not there, is damaged, or of another format version.
+    """
+    folder = Path(run) / "quantized" if (Path(run) / "quantized").is_dir() else Path(run)
+    manifest = _manifest(folder)
+    adapter = _adapter_class(manifest["adapter"]).of_network_folder(
+        folder, dtype or manifest["dtype"], **manifest["adapter_arguments"]
+    )
+    return Native(folder, manifest, adapter)
+
+
 def load(run: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     """The quantised network of a finished run: the public class, its linears quantised.
 
@@ -137,33 +207,7 @@ def load(run: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     Raises:
         CheckpointMismatch: The folder is not there, is damaged, or of another format version.
     """
-    folder = Path(run) / "quantized" if (Path(run) / "quantized").is_dir() else Path(run)
-    manifest = _manifest(folder)
-    adapter = _adapter_class(manifest["adapter"]).of_network_folder(
-        folder, manifest["dtype"], **manifest["adapter_arguments"]
-    )
-    network = adapter.network_from(load_file(folder / "network.safetensors"), device)
-    saved = load_file(folder / "quantized.safetensors", device=str(device))
-    described: dict[str, Any] = manifest["layers"]
-    groups: dict[str, list[str]] = {}
-    for name, facts in described.items():
-        groups.setdefault(facts["transform"] or name, []).append(name)
-    weight = QuantSpec(**manifest["weight"])
-    layers = adopted(
-        saved,
-        {name: (facts["out_features"], facts["in_features"]) for name, facts in described.items()},
-        list(groups.values()),
-        weight,
-        {n: f["activation"] and QuantSpec(**f["activation"]) for n, f in described.items()},
-    )
-    for name, layer in layers.items():
-        layer.bias = network.get_submodule(name).bias  # type: ignore[assignment]
-        layer.to(device)
-    for name, facts in manifest.get("attentions", {}).items():
-        spec = QuantSpec(**facts["activation"])
-        part = QuantAttention.closed(own(saved, name), spec, facts["softmax_bits"])
-        put_in(adapter, network, {name: part})
-    return replace(network, layers).requires_grad_(False).eval()
+    return read_native(run).network(device)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from recon.errors import CapabilityMissing, ConfigError, WeightsError
 from recon.models.attention import Product
 from recon.models.folder import read_json, require_class, require_folder
-from recon.models.weights import WeightStore
+from recon.models.weights import WeightStore, placed
 from recon.types import Sample, State
 
 Device = torch.device | str
@@ -82,6 +82,10 @@ class FoldsScales(Protocol):
             ConfigError: A scale has another shape than the input has channels.
             NumericsError: A scale is not positive and finite.
         """
+        ...
+
+    def fold_within_class(self, block: nn.Module, scales: Mapping[str, Tensor]) -> None:
+        """As `fold`, so that the public class can hold what comes out, tensor by tensor."""
         ...
 
 
@@ -396,6 +400,23 @@ class ModelAdapter(ABC):
             rows: Batch of the sample.
             device: Where the network runs; its floating type depends on it.
         """
+
+    # The network as others call and save it
+
+    def call_arguments(self, sample: Sample, device: Device) -> dict[str, Any]:
+        """What the public class is called with for a sample: tensors, or tuples of tensors.
+
+        Default: the sample itself.
+        """
+        dtype = self.compute_dtype(device)
+        return {name: placed(tensor, dtype, device) for name, tensor in sample.items()}
+
+    def unsaved(self) -> str | None:
+        """What the public class does otherwise than this network, whatever its files say.
+
+        None: nothing, so that `save_pretrained` and `from_pretrained` give the network back.
+        """
+        return None
 
     def pipeline(self, device: Device, network: nn.Module | None = None) -> Any:
         """The stock pipeline around a network, the full-precision one if None, for sampling.

@@ -196,6 +196,14 @@ class CogVideoX(ModelAdapter):
         count = sum(stream.shape[1] for stream in streams)
         return streams[0].new_ones((streams[0].shape[0], count), dtype=torch.bool)
 
+    def call_arguments(self, sample: Sample, device: Device) -> dict[str, Any]:
+        """The sample, and the rotary table that the pipeline computes for its shape."""
+        given = super().call_arguments(sample, device)
+        if self._settings.use_rotary_positional_embeddings:
+            cos, sin = self.rotary(tuple(sample["hidden_states"].shape), device)
+            given["image_rotary_emb"] = (cos[0], sin[0])
+        return given
+
     def pipeline(self, device: Device, network: nn.Module | None = None) -> VideoPipeline:
         """The stock pipeline around a network.
 

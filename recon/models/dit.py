@@ -18,7 +18,7 @@ from recon.layers.tree import shared_copy
 from recon.models.adapter import Device, InputGroup, ModelAdapter
 from recon.models.attention import Product, set_product
 from recon.models.folder import read_json
-from recon.models.folding import scale_norm, scale_rows
+from recon.models.folding import add_to_bias, scale_norm, scale_rows
 from recon.models.image_pipeline import (
     ImagePipeline,
     Sampler,
@@ -48,7 +48,7 @@ layers of the embedder, proj_out_1, proj_out_2) and the patch convolution are no
 
 MODULATED = {"attn1.to_q": ("norm1.norm", 0), "ff.net.0.proj": ("norm3", 3)}
 """Foldable inputs behind a norm: that norm, and which sixth of norm1.linear's rows is the shift.
-The sixths are shift, scale, gate of the attention, then of the feed-forward."""
+The sixths are shift β, scale γ, gate of the attention, then of the feed-forward."""
 
 
 class DiT(ModelAdapter):
@@ -402,6 +402,16 @@ class DiT(ModelAdapter):
         self._pipelines[key] = made
         return made
 
+    def unsaved(self) -> str | None:
+        """The frequencies of the timestep embedding, unless they are those of diffusers."""
+        if self.downscale_freq_shift == 1:
+            return None
+        return (
+            f"DiT.downscale_freq_shift is {self.downscale_freq_shift}, which no configuration file "
+            "holds: DiTTransformer2DModel always computes with 1. For a result that diffusers can "
+            "load, fit with downscale_freq_shift 1"
+        )
+
     # Folding
 
     def foldable(self, block_name: str) -> tuple[str, ...]:
@@ -432,27 +442,53 @@ class DiT(ModelAdapter):
             ConfigError: A scale has another shape than the input has channels.
             NumericsError: A scale is not positive and finite.
         """
+        modulation, width = self._fold_values(block, scales)
+        for name, scale in scales.items():
+            if name in MODULATED:
+                norm, chunk = MODULATED[name]
+                scale_rows(modulation, scale, start=chunk * width)
+                scale_norm(
+                    cast(nn.LayerNorm, block.get_submodule(norm)), scale, _floating_type(modulation)
+                )
+
+    def fold_within_class(self, block: nn.Module, scales: Mapping[str, Tensor]) -> None:
+        """As `fold`, but the rows of γ take the scale: b(1 + γ) = 1 + (bγ + b - 1).
+
+        The public class then holds all of it. In half precision bγ + b - 1 has lost what b(1 + γ)
+        keeps where b is small: give the bias a wide type, and compare what comes out.
+
+        Raises:
+            CapabilityMissing: As `fold`; or norm1.linear has no bias.
+            ConfigError: As `fold`.
+            NumericsError: As `fold`.
+
+        Source: PTQ4DiT, eq. 13 and 20.
+        """
+        modulation, width = self._fold_values(block, scales)
+        for name, scale in scales.items():
+            if name in MODULATED:
+                _, chunk = MODULATED[name]
+                scale_rows(modulation, scale, start=chunk * width)
+                scale_rows(modulation, scale, start=(chunk + 1) * width)
+                add_to_bias(modulation, scale - 1, start=(chunk + 1) * width)
+
+    def _fold_values(self, block: nn.Module, scales: Mapping[str, Tensor]) -> tuple[nn.Module, int]:
+        """Checks all scales and folds that of the attention's output; norm1.linear, width."""
         modulation, to_v = (block.get_submodule(n) for n in ("norm1.linear", "attn1.to_v"))
         width = cast(int, modulation.out_features) // 6
         inner = cast(int, to_v.out_features)
         for name, scale in scales.items():
             self._check_scale(name, scale, inner if name == "attn1.to_out.0" else width)
-        quantized = any(isinstance(part, QuantAttention) for part in block.modules())
-        if quantized and "attn1.to_out.0" in scales:
+        if "attn1.to_out.0" not in scales:
+            return modulation, width
+        if any(isinstance(part, QuantAttention) for part in block.modules()):
             raise CapabilityMissing(
                 "A scale for attn1.to_out.0 is folded into to_v, but the attention quantises what "
                 "to_v puts out: its range would be another one. Leave this scale to the layer's "
                 "own transform, or set model.quantize_attention: false."
             )
-        for name, scale in scales.items():
-            if name not in MODULATED:
-                scale_rows(to_v, scale)
-                continue
-            norm, chunk = MODULATED[name]
-            scale_rows(modulation, scale, start=chunk * width)
-            scale_norm(
-                cast(nn.LayerNorm, block.get_submodule(norm)), scale, _floating_type(modulation)
-            )
+        scale_rows(to_v, scales["attn1.to_out.0"])
+        return modulation, width
 
     def _check_scale(self, name: str, scale: Tensor, channels: int) -> None:
         if name not in self.foldable(""):

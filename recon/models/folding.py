@@ -60,6 +60,29 @@ def scale_rows(linear: nn.Module, scale: Tensor, start: int = 0) -> None:
         )
 
 
+@torch.no_grad()
+def add_to_bias(linear: nn.Module, amount: Tensor, start: int = 0) -> None:
+    """Adds `amount` [rows] to the outputs `start` onwards of a linear.
+
+    Args:
+        linear: nn.Linear or QuantLinear, with a bias.
+        amount: For each row.
+        start: First row.
+
+    Raises:
+        CapabilityMissing: It has no bias.
+    """
+    bias = linear.bias
+    if not isinstance(bias, Tensor):
+        raise CapabilityMissing(
+            f"A {type(linear).__name__} without a bias cannot take the constant that folding a "
+            "channel scale into the layer leaves. Keep the scale at run time."
+        )
+    moved = bias.detach().clone()
+    moved[start : start + len(amount)] += amount.to(moved)
+    linear.bias = moved if isinstance(linear, QuantLinear) else _parameter(moved, moved.dtype)
+
+
 def _scale_quantized_rows(layer: QuantLinear, scale: Tensor, start: int) -> None:
     whole = layer.weight_spec.strategy == "tensor"
     if layer.closed:

@@ -82,7 +82,7 @@ def test_a_fit_ends_and_loads_what_it_evaluates(
     loaded = recon.load(tmp_path / "run")
     for pictures in (0, 2):
         sample = tiny_vlm_sample(FAMILY, pictures)
-        given = module.adapter.call_arguments(sample, "cpu")  # type: ignore[attr-defined]
+        given = module.adapter.call_arguments(sample, "cpu")
         with torch.no_grad():
             assert torch.equal(loaded(**given).logits, evaluated(**given).logits)
 

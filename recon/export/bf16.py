@@ -1,0 +1,51 @@
+"""De-quantised weights in bfloat16, with every transform multiplied into them: loads anywhere."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from recon.export.finished import Finished
+from recon.export.format import Format, Written, public_folder
+from recon.export.layer import merged_weight
+from recon.export.public import write_public
+
+BF16_ROUNDING = 1e-2
+"""Relative difference of a network's output that rounding its tensors to bfloat16 (each by at most
+2^-9 of itself) may make."""
+
+
+class Bf16(Format):
+    """The public checkpoint that the quantised weights amount to."""
+
+    name: ClassVar = "bf16"
+    libraries: ClassVar = ("diffusers", "transformers")
+    weights_only: ClassVar = True
+
+    def misfits(self, finished: Finished) -> list[str]:
+        """Nothing: every transform is linear, so that its product with a weight is a weight."""
+        return []
+
+    def stored_bits(self, num_bits: int) -> int:
+        """16, whatever the bits."""
+        return 16
+
+    def write(self, finished: Finished, folder: Path) -> Written:
+        """Every floating tensor in bfloat16."""
+        state = {
+            name: tensor.bfloat16() if tensor.is_floating_point() else tensor
+            for name, tensor in finished.native.unquantized().items()
+        }
+        merged = {name: merged_weight(layer).bfloat16() for name, layer in finished.layers.items()}
+        state |= {f"{name}.weight": weight for name, weight in merged.items()}
+        target = public_folder(finished, folder)
+        write_public(finished, target, state, None)
+        network = finished.native.adapter.network_from(state, "cpu")
+        return Written(
+            network=network,
+            library=finished.library,
+            folder=target,
+            linear_bytes=sum(weight.nbytes for weight in merged.values()),
+            runs_as=("plain bfloat16 layers, on any hardware, as fast as full precision",),
+            run_tolerance=BF16_ROUNDING,
+            quantized=False,
+            notes=("Weights only: activations are not quantised in this format.",),
+        )

@@ -1,0 +1,59 @@
+"""README.md of an export: how it is loaded, what was measured, what runs it."""
+
+from typing import Any
+
+from recon.export.finished import Finished
+
+
+def card(report: dict[str, Any], finished: Finished, at_root: bool) -> str:
+    """Markdown.
+
+    Args:
+        report: The content of export.json.
+        finished: The run.
+        at_root: Whether the network stands in the export's own folder.
+    """
+    activation = "/".join(str(bits) for bits in report["bits"]["activation"])
+    size, seen = report["bytes"], report["reload"]
+    rows = [
+        f"- against {'the file as written' if name == 'file' else 'the evaluated run'}: "
+        f"{found['relative']:.2e} of the output's size, {found['largest']:.2e} at most "
+        f"(allowed: {found['tolerance']:.2e})"
+        for name, found in seen["difference"].items()
+    ]
+    lines = [
+        f"# {report['class']}, W{report['bits']['weight']}A{activation}, {report['format']}",
+        "",
+        f"Quantised with recon {report['versions']['recon']} ({report['method']}).",
+        *report["notes"],
+        "",
+        "```python",
+        _loading(report, finished, at_root),
+        "```",
+        "",
+        f"Loaded in a fresh process by {seen['loaded_by']} in {seen['dtype']}, "
+        f"{seen['quantized_layers']} quantised layers, {seen['calls']} held-out samples:",
+        "",
+        *rows,
+        "",
+        f"Quantised linears: {size['quantized_linears']:,} bytes, {size['ratio']:.3f} of bfloat16.",
+        "",
+        "Runs as:",
+        "",
+        *(f"- {line}" for line in report["runs_as"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _loading(report: dict[str, Any], finished: Finished, at_root: bool) -> str:
+    library, network = report["library"], report["class"]
+    if library == "recon":
+        return 'import recon\n\nnetwork = recon.load("FOLDER")'
+    pipelines = finished.native.adapter.pipeline_classes
+    if report["whole_pipeline"] and pipelines:
+        name = pipelines[0]
+        return f'from {library} import {name}\n\npipeline = {name}.from_pretrained("FOLDER")'
+    inside = "" if at_root else f', subfolder="{finished.native.adapter.subfolder}"'
+    return (
+        f'from {library} import {network}\n\nnetwork = {network}.from_pretrained("FOLDER"{inside})'
+    )

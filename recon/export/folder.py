@@ -1,0 +1,92 @@
+"""A folder that is there complete or not at all."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from recon.errors import ExportError
+
+REPORT = "export.json"
+"""Written last: the folder of an export has one, and nothing else does."""
+
+
+def refuse_taken(target: Path, *, force: bool) -> None:
+    """Does nothing if an export may be put there.
+
+    Raises:
+        ExportError: Something is there, and it is no export, or replacing it was not asked for.
+    """
+    if not target.exists():
+        return
+    empty = target.is_dir() and not any(target.iterdir())
+    if not force and not empty:
+        raise ExportError(
+            f"{target} exists and is not overwritten. Give another --out, or --force to replace it."
+        )
+    if not empty and not (target / REPORT).is_file():
+        raise ExportError(
+            f"{target} exists and is no export ({REPORT} is missing): it is not replaced, even "
+            "with --force. Give another --out."
+        )
+
+
+def refuse_full(target: Path, needed: int) -> None:
+    """Does nothing if the disk has room.
+
+    Raises:
+        ExportError: Names what is needed and what is free.
+    """
+    existing = target.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ExportError(
+            f"The export needs about {needed:,} bytes and {existing} has {free:,} free. Free some "
+            "space, or give an --out on another disk."
+        )
+
+
+@contextmanager
+def complete_or_absent(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target`, which becomes it if the block ends without an error.
+
+    Raises:
+        ExportError: The disk is full or the folder cannot be written; nothing is left of it.
+    """
+    aside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        _move(aside, target)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if _is_full(error):
+            raise ExportError(
+                f"The disk of {target} is full: the export was removed again. Free some space, or "
+                "give an --out on another disk."
+            ) from error
+        if isinstance(error, PermissionError):
+            raise ExportError(
+                f"{target} cannot be written ({error}). Give another --out."
+            ) from error
+        raise
+
+
+def _move(aside: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(aside, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_full(error: BaseException) -> bool:
+    # safetensors reports what the system said in words.
+    number = getattr(error, "errno", None)
+    return number == errno.ENOSPC or f"os error {errno.ENOSPC})" in str(error)

@@ -1,0 +1,128 @@
+"""Loads an export through its public loader and runs it: `python -P fresh.py REQUEST.json`.
+
+Started by its path in a process of its own, and it imports nothing of recon: what it loads, anyone
+can. The request names `library`, `class`, `folder`, `dtype`, `threads`, and the files `inputs`,
+`outputs` and `facts`. The library `recon` stands for `recon.load`, the loader of the native format.
+"""
+
+import importlib
+import json
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+Call = dict[str, Any]
+"""Arguments by name: tensors, or tuples of tensors."""
+
+
+def flattened(calls: list[Call]) -> dict[str, Tensor]:
+    """Calls as one dictionary: `0.timestep`, and `0.image_rotary_emb.1` inside a tuple."""
+    flat: dict[str, Tensor] = {}
+    for number, call in enumerate(calls):
+        for name, value in call.items():
+            if isinstance(value, tuple):
+                flat |= {f"{number}.{name}.{at}": part for at, part in enumerate(value)}
+            else:
+                flat[f"{number}.{name}"] = value
+    return {name: tensor.contiguous() for name, tensor in flat.items()}
+
+
+def unflattened(flat: dict[str, Tensor], dtype: torch.dtype) -> list[Call]:
+    """The inverse of `flattened`; floating tensors in `dtype`, those inside tuples as they are."""
+    calls: dict[int, Call] = {}
+    for key in sorted(flat):
+        number, name, *position = key.split(".")
+        call, tensor = calls.setdefault(int(number), {}), flat[key]
+        if position:
+            call[name] = (*call.get(name, ()), tensor)
+        else:
+            call[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return [calls[number] for number in sorted(calls)]
+
+
+@torch.no_grad()
+def outputs(network: nn.Module, calls: list[Call]) -> list[Tensor]:
+    """First output of the network for each call."""
+    return [network(**call, return_dict=False)[0] for call in calls]
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether the weight of a loaded layer is integers, in any of the formats."""
+    weight = _weight(module)
+    return (
+        type(module).__name__ == "QuantLinear"
+        or getattr(module, "quantization_scheme", None) is not None
+        or hasattr(module, "qweight")
+        or (weight is not None and type(weight).__module__.startswith("torchao"))
+    )
+
+
+def _weight(module: nn.Module) -> Tensor | None:
+    # Not by attribute: some layers make a weight up when asked for it.
+    return dict(module.named_parameters(recurse=False)).get("weight")
+
+
+def _kind(module: nn.Module) -> str:
+    weight = _weight(module)
+    inside = "" if weight is None else f" of {type(weight).__name__}"
+    return f"{type(module).__module__}.{type(module).__qualname__}{inside}"
+
+
+def _load(request: dict[str, Any]) -> nn.Module:
+    if request["library"] == "recon":
+        # recon.load in the floating type asked for.
+        from recon.engine.native import read_native
+
+        return read_native(request["folder"], request["dtype"]).network()
+    public = getattr(importlib.import_module(request["library"]), request["class"])
+    word = "torch_dtype" if request["library"] == "diffusers" else "dtype"
+    given = {word: getattr(torch, request["dtype"])}
+    network: nn.Module = public.from_pretrained(request["folder"], **given)
+    return network.eval()
+
+
+def moved(network: nn.Module) -> nn.Module:
+    """The network with its plain tensors in fresh memory, in place.
+
+    Some loaders leave them where they lie in the mapped file, at any address; matrix products add
+    up in an order that depends on it, and differ in the last bit.
+    """
+    for module in network.modules():
+        for name, value in module.named_parameters(recurse=False):
+            if type(value) is nn.Parameter:
+                copied = nn.Parameter(value.detach().clone(), requires_grad=False)
+                module.register_parameter(name, copied)
+    return network
+
+
+def answer(path: str) -> None:
+    """Loads and runs what a request names; writes outputs and what was seen of the network."""
+    with open(path) as file:
+        request = json.load(file)
+    torch.set_num_threads(request["threads"])
+    started = time.monotonic()
+    network = moved(_load(request))
+    loaded = time.monotonic()
+    calls = unflattened(load_file(request["inputs"]), getattr(torch, request["dtype"]))
+    found = outputs(network, calls)
+    ran = time.monotonic()
+    save_file({str(i): t.contiguous() for i, t in enumerate(found)}, request["outputs"])
+    quantized = {name: _kind(m) for name, m in network.named_modules() if is_quantized(m)}
+    facts = {
+        "class": f"{type(network).__module__}.{type(network).__qualname__}",
+        "quantized": sorted(quantized),
+        "kinds": dict(Counter(quantized.values())),
+        "recon_imported": "recon" in sys.modules,
+        "seconds": {"load": loaded - started, "run": ran - loaded},
+    }
+    with open(request["facts"], "w") as file:
+        json.dump(facts, file)
+
+
+if __name__ == "__main__":
+    answer(sys.argv[1])
