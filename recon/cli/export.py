@@ -42,7 +42,7 @@ def export(arguments: Sequence[str]) -> None:
 def _show(folder: Path) -> None:
     report = json.loads((folder / REPORT).read_text())
     console, size = Console(), report["bytes"]
-    console.print(f"Written: {folder}", highlight=False)
+    console.print(f"Written: {folder}", highlight=False, soft_wrap=True)
     differences = report["reload"]["difference"].values()
     worst = max(differences, key=lambda found: found["relative"])
     loader = report["reload"]["loaded_by"].rpartition(".")[2]
@@ -55,4 +55,4 @@ def _show(folder: Path) -> None:
         *report["notes"],
     ]
     for line in lines:
-        console.print(f"  {line}", highlight=False)
+        console.print(f"  {line}", highlight=False, soft_wrap=True)

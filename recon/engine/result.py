@@ -71,7 +71,6 @@ def summary(module: "Reconstruction", total_seconds: float) -> dict[str, Any]:
     return {
         "method": type(module).__name__,
         "teacher": str(module.adapter.folder),
-        "calibration": str(module.trainer.datamodule.calibration_set.folder),  # type: ignore[attr-defined]
         "bits": {
             "weight": module.weight.num_bits,
             "activation": module.activation.num_bits if module.activation else 16,

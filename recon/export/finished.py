@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import nn
 
 from recon.calibration.artefact import CalibrationSet
@@ -74,23 +75,21 @@ class Finished:
         Raises:
             CheckpointMismatch: The run has no summary.
         """
-        return Path(self._summary["teacher"])
-
-    @cached_property
-    def _summary(self) -> dict[str, Any]:
         path = self.root / "summary.json"
         if not path.is_file():
             raise CheckpointMismatch(
                 f"{path} is missing: the run was stopped while it wrote its results. "
                 f"`recon fit --run {self.root}` writes them again."
             )
-        content: dict[str, Any] = json.loads(path.read_text())
-        return content
+        return Path(json.loads(path.read_text())["teacher"])
 
     @cached_property
     def _calibration(self) -> CalibrationSet:
-        own = self.root / "calibration"
-        return CalibrationSet.load(own if own.is_dir() else self._summary["calibration"])
+        own, config = self.root / "calibration", self.root / "config.yaml"
+        if own.is_dir() or not config.is_file():
+            return CalibrationSet.load(own)
+        data = yaml.safe_load(config.read_text())["data"]
+        return CalibrationSet.load(data["init_args"]["folder"] or own)
 
     @property
     def layers(self) -> dict[str, QuantLinear]:

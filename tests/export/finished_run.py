@@ -116,8 +116,7 @@ def finished_run(root: Path, teacher: Path, family: Family, recipe: Recipe) -> P
     chosen = CalibrationSet.load(root / "calibration").fingerprint
     module.fingerprint = resume.fingerprint(module, chosen)
     write_native(module, root / "quantized")
-    places = {"teacher": str(teacher), "calibration": str(root / "calibration")}
-    (root / "summary.json").write_text(json.dumps(places))
+    (root / "summary.json").write_text(json.dumps({"teacher": str(teacher)}))
     return root
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -98,9 +99,8 @@ def test_a_run_that_shares_its_calibration_set_is_checked_on_it(
     own_run: Path, tmp_path: Path
 ) -> None:
     shutil.move(own_run / "calibration", tmp_path / "shared")
-    summary = json.loads((own_run / "summary.json").read_text())
-    summary["calibration"] = str(tmp_path / "shared")
-    (own_run / "summary.json").write_text(json.dumps(summary))
+    settings = {"data": {"init_args": {"folder": str(tmp_path / "shared")}}}
+    (own_run / "config.yaml").write_text(yaml.safe_dump(settings))
     assert report(export(own_run, "bf16"))["reload"]["calls"] == 2
 
 
@@ -198,11 +198,7 @@ def test_a_folder_is_never_overwritten_without_force(run_of: Made, tmp_path: Pat
 @pytest.fixture
 def own_run(run_of: Made, tmp_path: Path) -> Path:
     """A run that a test may change."""
-    root: Path = shutil.copytree(run_of("dit", Recipe()), tmp_path / "run")
-    summary = json.loads((root / "summary.json").read_text())
-    summary["calibration"] = str(root / "calibration")
-    (root / "summary.json").write_text(json.dumps(summary))
-    return root
+    return shutil.copytree(run_of("dit", Recipe()), tmp_path / "run")
 
 
 def test_a_run_that_did_not_finish(own_run: Path) -> None:
