@@ -1,4 +1,4 @@
-"""The command line: `recon fit | validate | test | predict | export | compare`."""
+"""The command line: `recon fit | validate | test | predict | export | bench | compare`."""
 
 from recon.cli.main import main
 

@@ -39,8 +39,9 @@ from recon.errors import CheckpointMismatch, ConfigError
 DESCRIPTION = """Post-training quantisation of diffusion transformers, unit by unit.
 
 `recon COMMAND --run FOLDER` takes configuration and newest checkpoint from a run folder. Further
-commands, each with --help: export (formats of other libraries), compare (runs side by side), table
-(methods against baselines), bench-step (speed of one step on a block of real size)."""
+commands, each with --help: export (formats of other libraries), bench (their speed), compare
+(runs side by side), table (methods against baselines), bench-step (speed of one optimizer step on a
+block of real size)."""
 
 
 class SavedConfig(SaveConfigCallback):

@@ -28,6 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             bench_step(given[1:])
             return
+        if given[:1] == ["bench"]:
+            from recon.cli.bench import bench
+
+            bench(given[1:])
+            return
         if given[:1] == ["export"]:
             from recon.cli.export import export
 

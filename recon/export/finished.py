@@ -15,6 +15,7 @@ from recon.calibration.artefact import CalibrationSet
 from recon.engine.native import Native, read_native
 from recon.errors import CheckpointMismatch
 from recon.layers.quant_linear import QuantLinear
+from recon.models.adapter import FloatingType, ModelAdapter
 from recon.types import Sample
 
 CHECKED_SAMPLES = 2
@@ -53,12 +54,10 @@ class Finished:
 
     def _refuse_foreign(self) -> None:
         saved = self.native.manifest["fingerprint"]
-        found = {"calibration": self._calibration.fingerprint}
+        found = {"calibration": self.calibration.fingerprint}
         if self.teacher.is_dir():
-            adapter = type(self.native.adapter)(
-                str(self.teacher), **self.native.adapter.arguments()
-            )
-            found |= {f"teacher.{key}": value for key, value in adapter.identity().items()}
+            identity = self.teacher_adapter().identity()
+            found |= {f"teacher.{key}": value for key, value in identity.items()}
         for field, value in found.items():
             if saved.get(field) != value:
                 raise CheckpointMismatch(
@@ -83,13 +82,29 @@ class Finished:
             )
         return Path(json.loads(path.read_text())["teacher"])
 
+    def teacher_adapter(self, dtype: FloatingType = "auto") -> ModelAdapter:
+        """The adapter of the run on the full-precision pipeline.
+
+        Args:
+            dtype: Floating type of the network, a word of `ModelAdapter`.
+        """
+        adapter = self.native.adapter
+        return type(adapter)(str(self.teacher), dtype, **adapter.arguments())
+
     @cached_property
-    def _calibration(self) -> CalibrationSet:
-        own, config = self.root / "calibration", self.root / "config.yaml"
-        if own.is_dir() or not config.is_file():
-            return CalibrationSet.load(own)
-        data = yaml.safe_load(config.read_text())["data"]
-        return CalibrationSet.load(data["init_args"]["folder"] or own)
+    def data_settings(self) -> dict[str, Any]:
+        """Arguments of the run's data module, of its config.yaml; empty where there is none."""
+        config = self.root / "config.yaml"
+        if not config.is_file():
+            return {}
+        arguments: dict[str, Any] = yaml.safe_load(config.read_text())["data"]["init_args"]
+        return arguments
+
+    @cached_property
+    def calibration(self) -> CalibrationSet:
+        """The set the run was calibrated on, in its folder or where `data.folder` says."""
+        own = self.root / "calibration"
+        return CalibrationSet.load(own if own.is_dir() else self.data_settings.get("folder") or own)
 
     @property
     def layers(self) -> dict[str, QuantLinear]:
@@ -99,7 +114,7 @@ class Finished:
     @property
     def samples(self) -> Sequence[Sample]:
         """The held-out samples an export is run on."""
-        return self._calibration.held_out[:CHECKED_SAMPLES]
+        return self.calibration.held_out[:CHECKED_SAMPLES]
 
     @cached_property
     def empty(self) -> nn.Module:

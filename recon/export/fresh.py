@@ -7,6 +7,7 @@ can. The request names `library`, `class`, `folder`, `dtype`, `threads`, and the
 
 import importlib
 import json
+import resource
 import sys
 import time
 from collections import Counter
@@ -73,7 +74,8 @@ def _kind(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}{inside}"
 
 
-def _load(request: dict[str, Any]) -> nn.Module:
+def load(request: dict[str, Any]) -> nn.Module:
+    """The network that a request names, in eval mode."""
     if request["library"] == "recon":
         # recon.load in the floating type asked for.
         from recon.engine.native import read_native
@@ -106,7 +108,7 @@ def answer(path: str) -> None:
         request = json.load(file)
     torch.set_num_threads(request["threads"])
     started = time.monotonic()
-    network = moved(_load(request))
+    network = moved(load(request))
     loaded = time.monotonic()
     calls = unflattened(load_file(request["inputs"]), getattr(torch, request["dtype"]))
     found = outputs(network, calls)
@@ -119,6 +121,7 @@ def answer(path: str) -> None:
         "kinds": dict(Counter(quantized.values())),
         "recon_imported": "recon" in sys.modules,
         "seconds": {"load": loaded - started, "run": ran - loaded},
+        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
     with open(request["facts"], "w") as file:
         json.dump(facts, file)

@@ -157,20 +157,39 @@ def outputs_in_memory(written: Written, reference: Reference) -> list[Tensor] | 
 def _loaded(
     written: Written, finished: Finished, reference: Reference
 ) -> tuple[list[Tensor], dict[str, Any]]:
-    aside = reference.inputs.with_name("loaded.safetensors")
+    public = type(finished.empty).__name__
+    return answered(written.library, public, written.folder, written.dtype, reference.inputs)
+
+
+def answered(
+    library: str, public: str, folder: Path, dtype: str, inputs: Path
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """What a process of its own loads and computes, and what it saw of it.
+
+    Args:
+        library: Whose loader.
+        public: Name of the class.
+        folder: What the loader is given.
+        dtype: Floating type.
+        inputs: File of calls; the folder it stands in is written to.
+
+    Raises:
+        ExportError: The process failed.
+    """
+    aside = inputs.with_name("loaded.safetensors")
     facts, request = aside.with_suffix(".facts"), aside.with_suffix(".request")
     content = {
-        "library": written.library,
-        "class": type(finished.empty).__name__,
-        "folder": str(written.folder),
-        "dtype": written.dtype,
+        "library": library,
+        "class": public,
+        "folder": str(folder),
+        "dtype": dtype,
         "threads": torch.get_num_threads(),
-        "inputs": str(reference.inputs),
+        "inputs": str(inputs),
         "outputs": str(aside),
         "facts": str(facts),
     }
     request.write_text(json.dumps(content))
-    start(request, written.library)
+    start(request, library)
     found = load_file(aside)
     content = json.loads(facts.read_text())
     for file in (aside, facts, request):

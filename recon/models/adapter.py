@@ -25,6 +25,7 @@ Role = Literal[
     "attention_input", "attention_output", "feed_forward_up", "feed_forward_down", "modulation"
 ]
 
+FloatingType = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -203,7 +204,7 @@ class ModelAdapter(ABC):
     def __init__(
         self,
         folder: str,
-        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        dtype: FloatingType = "auto",
     ) -> None:
         if dtype != "auto" and dtype not in DTYPES:
             raise ConfigError(
@@ -224,7 +225,7 @@ class ModelAdapter(ABC):
     def of_network_folder(
         cls,
         folder: str | Path,
-        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        dtype: FloatingType = "auto",
         **arguments: Any,
     ) -> Self:
         """An adapter on a folder that holds the network alone, without a pipeline around it.
