@@ -59,6 +59,12 @@ def show(result: dict[str, Any]) -> None:
             f"{row['peak_bytes'] / 1e6:.0f}",
         )
     console.print(table)
+    if not result["integer_dot_products"]:
+        console.print(
+            "This CPU has no integer dot products (VNNI): int8 products take longer here than "
+            "float32 ones, and no ratio says anything about a CPU that has them.",
+            soft_wrap=True,
+        )
     for dtype, ratios in result["times_faster"].items():
         said = ", ".join(f"{what} {ratio:.2f}" for what, ratio in ratios.items())
         console.print(f"Times faster than {dtype}: {said}", highlight=False, soft_wrap=True)

@@ -116,6 +116,7 @@ def measure(finished: Finished, chosen: list[Subject], settings: Settings) -> di
                 rows[subject]["seconds"][f"{what}, {mode}"] = median
     return {
         "device": _name(device),
+        "integer_dot_products": device.type != "cpu" or torch.cpu._is_vnni_supported(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "sampling_steps": _sampling_steps(finished, settings),
