@@ -1,4 +1,4 @@
-"""A map of scores: a cell for each prompt and step, dark where the score is high."""
+"""A map of scores: a cell for each prompt and step, of a stronger colour where it is high."""
 
 from collections.abc import Mapping, Sequence
 

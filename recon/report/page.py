@@ -26,8 +26,8 @@ from recon.report.sections import (
     units,
 )
 
-COLOURS = 4
-"""That lines of a chart can have."""
+COLOURS = 3
+"""Of runs in one chart; the fourth has that of the first again."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _errors(runs: Sequence[Run]) -> Markup:
         Series(
             run.name,
             [(float(n), unit.results[units.AFTER]) for n, unit in enumerate(run.units)],
-            place % COLOURS,
+            place % COLOURS + 1,
             dots=True,
         )
         for place, run in enumerate(runs)

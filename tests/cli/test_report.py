@@ -106,7 +106,7 @@ def test_a_killed_and_resumed_run_has_the_page_of_an_uninterrupted_one(
 ) -> None:
     # The same relative folder in two places: paths are part of the configuration.
     arguments = [
-        *fit_arguments(Path("run"), pipeline, "--model.epochs", "8"),
+        *fit_arguments(Path("run"), pipeline, "--model.epochs", "4"),
         *("--step_checkpoint.every_n_steps", "7", "--ckpt_path", "last"),
     ]
     pages = []

@@ -262,6 +262,27 @@ def test_a_run_that_weighs_tokens_says_that_it_keeps_no_picture(
     assert 'id="tokens"' not in text
 
 
+def test_answers_are_shown_as_pictures_are(whole_run: Path, tmp_path: Path) -> None:
+    root = copied(whole_run, tmp_path / "run")
+    (root / "samples").rename(tmp_path / "taken")
+    model = {"accuracy": 0.75, "accuracy_interval": [0.5, 1.0], "parse_failures": 0,
+             "perplexity": 1.25, "count": 8}  # fmt: skip
+    write(
+        root / "test.json",
+        {
+            "full_precision": {**model, "accuracy": 0.875},
+            "quantized": model,
+            "paired": {"kl": 0.000625, "same_answer": 0.5, "count": 8},
+            "settings": {},
+            "samples": [{"question": "?", "paired": {"kl": 0.000625, "tokens": 2}}],
+        },
+    )
+    read = Page(text_of(root))
+    assert read.table("each model alone")["accuracy"] == [[0.875, 0.5, 1.0], [0.75, 0.5, 1.0]]
+    assert read.table("against full precision")["KL divergence, nats"] == [[0.000625]]
+    assert "Right answers, 8 questions" in read.words
+
+
 # Refusals -----------------------------------------------------------------------------------------
 
 

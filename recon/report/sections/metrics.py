@@ -108,8 +108,8 @@ def _spread(found: Mapping[str, Any]) -> Markup:
             if row.get(part, {}).get("psnr") is not None
         ]
         if values:
-            low, high = found[part].get("psnr_interval") or (None, None)
-            rows.append((name, values, None if low is None else (low, high)))
+            interval = found[part].get("psnr_interval")
+            rows.append((name, values, tuple(interval) if interval else None))
     if not rows:
         return Markup("")
     height = 44.0 + 34 * len(rows)
