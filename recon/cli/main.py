@@ -38,6 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             export(given[1:])
             return
+        if given[:1] == ["report"]:
+            from recon.cli.report import report
+
+            report(given[1:])
+            return
         # Lightning and torch take seconds to import: `compare --help` need not wait for them.
         from recon.cli.lightning import run
 

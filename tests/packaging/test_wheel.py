@@ -45,6 +45,8 @@ def test_the_wheel_holds_the_modules_of_the_tree_and_nothing_else(wheel: zipfile
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"recon"}
     assert "recon/py.typed" in names
+    templates = REPOSITORY / "recon" / "report" / "templates"
+    assert {f"recon/report/templates/{path.name}" for path in templates.iterdir()} <= names
     for room in ("datamodules", "callbacks"):
         assert f"recon/{room}/__init__.py" in names
 

@@ -1,0 +1,1 @@
+"""The page's sections: a file each, beside the template of its name."""
