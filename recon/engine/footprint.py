@@ -1,0 +1,189 @@
+"""Bytes that a run takes in memory, from the configuration alone: for planning.
+
+Every number is a sum over shapes that the code of a fit has itself: of the layers that are open, of
+what their forward keeps for its backward, of the streams.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from recon.calibration.memory import Place
+from recon.engine import attention, stage_data
+from recon.engine.assembly import assembled
+from recon.engine.data import CalibrationData
+from recon.engine.foresight import opened_layers, quantised_groups
+from recon.engine.placement import needed_bytes
+from recon.engine.unit import Unit
+from recon.layers.quant_linear import QuantLinear
+from recon.layers.transform import InputTransform
+from recon.layers.tree import shared_copy
+from recon.models.adapter import ModelAdapter
+from recon.models.weights import WeightStore
+
+if TYPE_CHECKING:
+    from recon.engine.reconstruction import Reconstruction
+
+LEARNED = 9
+"""32-bit numbers at hand for each that is learned, at the end of a step: itself, two moments of
+Adam, its gradient; the sum over micro-batches in float64; a micro-batch's gradient in float32 and
+float64. Source: `recon.engine.gradient`."""
+
+HESSIANS = 3
+"""Matrices in float64 that GPTQ has at a time: the Gram matrix, a copy that is damped and inverted,
+its Cholesky factor. Source: `recon.quantizers.gptq`."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes at the peak of reconstruction on the device where blocks run, by what takes them."""
+
+    outside_blocks: int
+    """Embedders and head, in the type of the run."""
+    conditioning: int
+    """What samples carry beside the streams."""
+    unit_weights: int
+    """Full-precision weights of the open unit."""
+    learned: int
+    """Parameters of the open unit with gradients and moments."""
+    fixed: int
+    """What its layers hold beside them."""
+    activations: int
+    """What the forward of a micro-batch keeps for its backward."""
+    statistics: int
+    """Gram matrices and kept tokens of its inputs."""
+
+    @property
+    def total(self) -> int:
+        """Sum of all."""
+        return sum(asdict(self).values())
+
+
+def pipeline_bytes(adapter: ModelAdapter, device: torch.device) -> int:
+    """Bytes of the weights that calibration's sampling holds: the network and all beside it."""
+    itemsize = adapter.compute_dtype(device).itemsize
+    elements = sum(p.numel() for p in adapter.empty_network().parameters())
+    if adapter.subfolder:
+        for folder in sorted(adapter.folder.iterdir()) if adapter.folder.is_dir() else ():
+            if folder != adapter.network_folder and any(folder.glob("*.safetensors")):
+                elements += WeightStore(folder).elements()
+    return elements * itemsize
+
+
+def stream_needs(
+    module: "Reconstruction", data: CalibrationData, device: torch.device, world: int
+) -> dict[Place, int]:
+    """Bytes of one process's streams in each place, as the fit reckons them."""
+    samples, held_out, rows = data.sample_counts
+    size = module.adapter.stream_bytes(rows, device)
+    return needed_bytes(size, samples, held_out, module.further_streams, world)
+
+
+def footprint(
+    module: "Reconstruction",
+    units: list[Unit],
+    data: CalibrationData,
+    device: torch.device,
+    world: int,
+) -> Footprint:
+    """Memory of the largest unit while it is open, without the streams."""
+    adapter = module.adapter
+    samples, held_out, rows = data.sample_counts
+    unit = max(units, key=lambda one: len(one.blocks))
+    dtype = adapter.compute_dtype(device)
+    layers = opened_layers(module, unit)
+    mine = -(-samples // world) + -(-held_out // world)
+    inside = sum(
+        p.numel() for name in adapter.block_names for p in adapter.empty_block(name).parameters()
+    )
+    everything = sum(p.numel() for p in adapter.empty_network().parameters())
+    blocks = (adapter.empty_block(name) for name in unit.blocks)
+    state = adapter.example_state(rows, "meta", dtype)
+    apart = {*adapter.streamed, *adapter.shared}
+    return Footprint(
+        outside_blocks=(everything - inside) * dtype.itemsize,
+        conditioning=mine * sum(t.nbytes for name, t in state.items() if name not in apart),
+        unit_weights=sum(p.numel() for b in blocks for p in b.parameters()) * dtype.itemsize,
+        learned=LEARNED * 4 * _elements(layers.values(), learned=True),
+        fixed=4 * _elements(layers.values(), learned=False),
+        activations=kept_for_backward(module, unit, layers, rows, device),
+        statistics=_statistics(module, unit, -(-samples // world)),
+    )
+
+
+def _elements(layers: Iterable[QuantLinear], *, learned: bool) -> int:
+    """Numbers that layers hold, learned or not; what they share counts once."""
+    whole = nn.ModuleList(layers)
+    return sum(t.numel() for t in (whole.parameters() if learned else whole.buffers()))
+
+
+def _statistics(module: "Reconstruction", unit: Unit, samples: int) -> int:
+    widths = [
+        next(iter(group.linears.values())).in_features for group in quantised_groups(module, unit)
+    ]
+    gram = sum(8 * width**2 for width in widths) if module.wants_gram else 0
+    factored = (HESSIANS - 1) * 8 * max(widths, default=0) ** 2 if module.wants_gram else 0
+    return gram + factored + 4 * samples * module.wants_tokens * sum(widths)
+
+
+def kept_for_backward(
+    module: "Reconstruction",
+    unit: Unit,
+    layers: dict[str, QuantLinear],
+    rows: int,
+    device: torch.device,
+) -> int:
+    """Bytes that a micro-batch's forward through the open unit keeps, run on tensors without data.
+
+    Where nothing learns: 0.
+    """
+    if not _elements(layers.values(), learned=True):
+        return 0
+    adapter, dtype = module.adapter, module.adapter.compute_dtype(device)
+    seen: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage._cdata] = storage
+        return tensor
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        blocks: list[nn.Module] = [
+            _placed(shared_copy(adapter.empty_block(name)), device, dtype).requires_grad_(False)
+            for name in unit.blocks
+        ]
+        for layer in layers.values():
+            _placed(layer, device)
+            assert layer.teacher_weight is not None
+            layer.teacher_weight = torch.empty_like(
+                layer.teacher_weight, device=device, dtype=dtype
+            )
+        students = assembled(unit, blocks, layers)
+        for name, block in zip(unit.blocks, students, strict=True):
+            products = attention.nearest_attentions(module, unit.blocks)
+            attention.put_in(adapter, block, products, within=f"{name}.")
+        state = adapter.example_state(rows * module.micro_batch, device, dtype)
+        found = (layer.transform for layer in layers.values())
+        transforms: list[InputTransform] = list(dict.fromkeys(t for t in found if t is not None))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            after = stage_data.run_learning(adapter, students, transforms, state)
+            adapter.tokens(after).square().sum()
+        held = nn.ModuleList([*students, *blocks]).state_dict(keep_vars=True).values()
+        counted = {t.untyped_storage()._cdata for t in (*held, *state.values())}
+        return sum(s.nbytes() for key, s in seen.items() if key not in counted)
+
+
+def _placed(module: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
+    """The module with other tensors of the same shapes, made in the mode that is on."""
+    for part in module.modules():
+        for store in (part._parameters, part._buffers):
+            for name, tensor in store.items():
+                if tensor is not None:
+                    kind = dtype if dtype is not None and tensor.is_floating_point() else None
+                    made = torch.empty_like(tensor, device=device, dtype=kind)
+                    store[name] = nn.Parameter(made) if store is part._parameters else made
+    return module
