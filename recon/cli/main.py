@@ -33,6 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             export(given[1:])
             return
+        if given[:1] == ["plan"]:
+            from recon.cli.plan import plan
+
+            plan(given[1:])
+            return
         # Lightning and torch take seconds to import: `compare --help` need not wait for them.
         from recon.cli.lightning import run
 

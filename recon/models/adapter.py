@@ -296,6 +296,14 @@ class ModelAdapter(ABC):
             "geometry": json.dumps(geometry, sort_keys=True),
         }
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Floating type of most weights on disk; where there are none, bfloat16 as most are."""
+        try:
+            return self.weights.dtype()
+        except WeightsError:
+            return torch.bfloat16
+
     def compute_dtype(self, device: Device) -> torch.dtype:
         """Floating type of the full-precision network on a device."""
         if self.dtype != "auto":
