@@ -28,8 +28,8 @@ from recon.callbacks.summary import RunSummary
 from recon.callbacks.tracking import RunCSVLogger, UnitTracking
 from recon.cli.arguments import run_name
 from recon.engine.checkpoint_io import AtomicCheckpointIO
-from recon.engine.checks import checks
 from recon.engine.checkpoints import clear_unfinished, examined, written
+from recon.engine.checks import checks
 from recon.engine.data import CalibrationData
 from recon.engine.reconstruction import Reconstruction
 from recon.engine.strategy import ReconStrategy

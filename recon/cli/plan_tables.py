@@ -108,6 +108,7 @@ def _memory(plan: Plan) -> Table:
         table.add_row(name, size(value) if host else "", "" if host else size(value))
 
     row("interpreter and libraries (measured)", memory.libraries, host=True)
+    row("freed blocks that the allocator keeps", memory.heap, host=True)
     row("calibration: weights that are sampled from", memory.sampling)
     row("or reconstruction: embedders and head", open_unit.outside_blocks)
     row("  weights of the open unit", open_unit.unit_weights)

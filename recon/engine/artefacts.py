@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from recon.calibration.memory import Place, free_bytes
+from recon.calibration.memory import free_bytes
 from recon.engine.data import CalibrationData
+from recon.engine.footprint import stream_needs, stream_place
 from recon.engine.foresight import closed_layers, opened_layers
-from recon.engine.placement import needed_bytes
 from recon.engine.result import linear_bytes
 from recon.engine.unit import Unit
 from recon.errors import BudgetError
@@ -112,10 +112,8 @@ def refuse_full(
     """
     units = module.foreseen_units()
     needed = artefacts(module, units, closed_layers(module, units), data, device)
-    samples, held_out, rows = data.sample_counts
-    size = module.adapter.stream_bytes(rows, device)
-    streams = needed_bytes(size, samples, held_out, module.further_streams)
-    place: Place = module.memory.place(streams, device, root)
+    streams = stream_needs(module, data, device)
+    place = stream_place(module, streams, device, root)
     on_disk = streams["disk"] if place == "disk" else 0
     present = sum(f.stat().st_size for f in root.rglob("*") if f.is_file()) if root.exists() else 0
     room = free_bytes("disk", device, root) + present

@@ -6,6 +6,7 @@ what their forward keeps for its backward, of the streams.
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ from recon.engine.data import CalibrationData
 from recon.engine.foresight import opened_layers, quantised_groups
 from recon.engine.placement import needed_bytes
 from recon.engine.unit import Unit
+from recon.errors import BudgetError
 from recon.layers.quant_linear import QuantLinear
 from recon.layers.transform import InputTransform
 from recon.layers.tree import shared_copy
@@ -36,6 +38,11 @@ float64. Source: `recon.engine.gradient`."""
 HESSIANS = 3
 """Matrices in float64 that GPTQ has at a time: the Gram matrix, a copy that is damped and inverted,
 its Cholesky factor. Source: `recon.quantizers.gptq`."""
+
+
+HEAP = 90 * 2**20
+"""What the host's allocator keeps of freed blocks. Source: peaks of fits on the embedded teachers
+above the sum of all other parts, 58 MiB (configs/ptq4dit.yaml) and 127 MiB (s2q_vdit.yaml)."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +82,22 @@ def pipeline_bytes(adapter: ModelAdapter, device: torch.device) -> int:
 
 
 def stream_needs(
-    module: "Reconstruction", data: CalibrationData, device: torch.device, world: int
+    module: "Reconstruction", data: CalibrationData, device: torch.device, world: int | None = None
 ) -> dict[Place, int]:
-    """Bytes of one process's streams in each place, as the fit reckons them."""
+    """Bytes of one process's streams in each place; None: of the processes that are running."""
     samples, held_out, rows = data.sample_counts
     size = module.adapter.stream_bytes(rows, device)
     return needed_bytes(size, samples, held_out, module.further_streams, world)
+
+
+def stream_place(
+    module: "Reconstruction", needed: dict[Place, int], device: torch.device, root: Path
+) -> Place | None:
+    """Where the fit would put its streams; None: they fit nowhere, and it would be refused."""
+    try:
+        return module.memory.place(needed, device, root)
+    except BudgetError:
+        return None
 
 
 def footprint(
@@ -179,11 +196,16 @@ def kept_for_backward(
 
 def _placed(module: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
     """The module with other tensors of the same shapes, made in the mode that is on."""
+
+    def made(tensor: Tensor) -> Tensor:
+        kind = dtype if tensor.is_floating_point() else None
+        return torch.empty_like(tensor, device=device, dtype=kind)
+
     for part in module.modules():
-        for store in (part._parameters, part._buffers):
-            for name, tensor in store.items():
-                if tensor is not None:
-                    kind = dtype if dtype is not None and tensor.is_floating_point() else None
-                    made = torch.empty_like(tensor, device=device, dtype=kind)
-                    store[name] = nn.Parameter(made) if store is part._parameters else made
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(made(parameter))
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = made(buffer)
     return module

@@ -4,8 +4,6 @@ Counts are those of the code that runs in a fit, on tensors without memory; time
 steps on random inputs. No weight is read unless steps are timed.
 """
 
-import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import ceil
@@ -13,47 +11,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from recon.calibration.memory import Place, free_bytes
 from recon.engine.artefacts import Artefacts, artefacts
 from recon.engine.attention import quantized_names
 from recon.engine.data import CalibrationData
-from recon.engine.foresight import closed_layers, quantised_groups
-from recon.engine.footprint import Footprint, footprint, pipeline_bytes, stream_needs
+from recon.engine.footprint import (
+    HEAP,
+    Footprint,
+    footprint,
+    pipeline_bytes,
+    stream_needs,
+    stream_place,
+)
+from recon.engine.foresight import closed_layers
+from recon.engine.inventory import Left, Quantised, left_rows, quantised_rows
 from recon.engine.loader import refuse_uneven
 from recon.engine.probe import Pace, pace
 from recon.engine.unit import Unit
-from recon.errors import BudgetError, ConfigError, ReconError, WeightsError
+from recon.errors import ConfigError, ReconError, WeightsError
 from recon.layers.quant_linear import QuantLinear
-from recon.quantizers.spec import QuantSpec
 
 if TYPE_CHECKING:
     from recon.engine.reconstruction import Reconstruction
-
-
-@dataclass(frozen=True)
-class Quantised:
-    """Linears of one role."""
-
-    role: str
-    linears: int
-    parameters: int
-    """Of their weights."""
-    weight: str
-    """Bits, and what shares a step size."""
-    activation: str
-    """The same of their inputs."""
-
-
-@dataclass(frozen=True)
-class Left:
-    """Linears, or other tensors, that stay in full precision."""
-
-    part: str
-    linears: int
-    parameters: int
-    why: str
 
 
 @dataclass(frozen=True)
@@ -62,6 +42,8 @@ class Memory:
 
     libraries: int
     """Host: interpreter and libraries, measured in the process that plans."""
+    heap: int
+    """Host: what the allocator keeps of freed blocks, calibrated."""
     sampling: int
     """Weights that calibration's sampling holds, on the device."""
     reconstruction: Footprint
@@ -112,7 +94,7 @@ class Plan:
     blocks: int
     units: int
     units_known: bool
-    """False where the method cuts the network by what it finds: then the largest units are shown."""
+    """False where the method cuts the network by what it finds; then units are the largest."""
     steps: int
     """Of the whole run, over all stages."""
     quantised: list[Quantised]
@@ -189,9 +171,9 @@ def planned(setting: Setting, *, probe: bool) -> tuple[Plan, dict[str, QuantLine
         units=len(units),
         units_known=not module.preparation(),
         steps=module.planned_steps,
-        quantised=_quantised(module, units),
+        quantised=quantised_rows(module, units),
         attentions=len(quantized_names(module, adapter.block_names)),
-        left=_left(module, set(layers)),
+        left=left_rows(module, set(layers)),
         memory=memory,
         disk=disk,
         seconds=seconds,
@@ -220,75 +202,6 @@ def _weights_found(module: "Reconstruction") -> bool:
     return True
 
 
-# What is quantised, and what is not
-
-
-def _quantised(module: "Reconstruction", units: list[Unit]) -> list[Quantised]:
-    linears: defaultdict[str, list[nn.Linear]] = defaultdict(list)
-    for unit in units:
-        for group in quantised_groups(module, unit):
-            linears[group.role] += group.linears.values()
-    return [
-        Quantised(
-            role=role,
-            linears=len(found),
-            parameters=sum(linear.weight.numel() for linear in found),
-            weight=_words(module.weight),
-            activation=_words(module.activation_spec(role)),
-        )
-        for role, found in linears.items()
-    ]
-
-
-def _words(spec: QuantSpec | None) -> str:
-    """A grid in words.
-
-    >>> _words(QuantSpec(4, "group", 128)), _words(None)
-    ('4 per group of 128', '16')
-    """
-    if spec is None:
-        return "16"
-    shared = f"group of {spec.group_size}" if spec.strategy == "group" else spec.strategy
-    return f"{spec.num_bits} per {shared}"
-
-
-def _left(module: "Reconstruction", quantised: set[str]) -> list[Left]:
-    """Linears that stay, by part of the network, and all other parameters as one."""
-    adapter = module.adapter
-    reasons = {
-        f"{block}.{name}": f"role {group.role} is left out (model.adaln: {module.adaln})"
-        for block in adapter.block_names
-        for group in adapter.input_groups(block)
-        if group.role in module.skip_roles
-        for name in group.linears
-    }
-    stems = tuple(f"{block}." for block in adapter.block_names)
-    network = adapter.empty_network()
-    parts: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
-    for name, part in network.named_modules():
-        if isinstance(part, nn.Linear) and name not in quantised:
-            inside = name.startswith(stems)
-            why = "in the blocks, but no input group's" if inside else "outside the blocks"
-            parts[_part(name), reasons.get(name, why)].append(part.weight.numel())
-    rows = [Left(part, len(sizes), sum(sizes), why) for (part, why), sizes in parts.items()]
-    weights = sum(
-        part.weight.numel() for part in network.modules() if isinstance(part, nn.Linear)
-    )
-    rest = sum(p.numel() for p in network.parameters()) - weights
-    return [*rows, Left("biases, norms, tables, convolutions", 0, rest, "no Linear's weight")]
-
-
-def _part(name: str) -> str:
-    """The name of a list of layers and what stands in each, or the name itself.
-
-    >>> _part("transformer_blocks.3.norm1.emb.linear_1"), _part("proj_out_1")
-    ('transformer_blocks.*.norm1.emb', 'proj_out_1')
-    """
-    whole = re.sub(r"\.\d+\.", ".*.", name)
-    head, _, leaf = whole.rpartition(".")
-    return head if "*" in head and leaf else whole
-
-
 # Memory
 
 
@@ -296,19 +209,22 @@ def _memory(setting: Setting, units: list[Unit]) -> Memory:
     module, data, device = setting.module, setting.data, setting.device
     open_unit = footprint(module, units, data, device, setting.processes)
     streams = stream_needs(module, data, device, setting.processes)
-    try:
-        place = module.memory.place(streams, device, setting.root)
-    except BudgetError:
-        place = None
+    place = stream_place(module, streams, device, setting.root)
     sampling = pipeline_bytes(module.adapter, device) if data.sampling.calls else 0
-    beside = open_unit.total + (streams["device"] if place == "device" else 0)
-    computing = max(sampling, beside)
-    held = streams["ram"] if place == "ram" else 0
-    if device.type == "cpu":
-        host = setting.libraries + max(sampling, open_unit.total + held)
-        return Memory(setting.libraries, sampling, open_unit, streams, place, host, 0)
-    host = setting.libraries + held
-    return Memory(setting.libraries, sampling, open_unit, streams, place, host, computing)
+    held = streams[place] if place in ("device", "ram") else 0
+    on_cpu = device.type == "cpu"
+    computing = max(sampling, open_unit.total + (held if on_cpu or place == "device" else 0))
+    beside = computing if on_cpu else held if place == "ram" else 0
+    return Memory(
+        libraries=setting.libraries,
+        heap=HEAP,
+        sampling=sampling,
+        reconstruction=open_unit,
+        streams=streams,
+        streams_in=place,
+        host=setting.libraries + HEAP + beside,
+        device=0 if on_cpu else computing,
+    )
 
 
 # Time
@@ -363,5 +279,3 @@ def _dividing(module: "Reconstruction", data: CalibrationData) -> list[int]:
             continue
         found.append(world)
     return found
-
-

@@ -109,14 +109,11 @@ def _probed(module: "Reconstruction", rows: int, device: torch.device) -> "Recon
     return probed
 
 
-def _samples(
-    adapter: ModelAdapter, count: int, rows: int, device: torch.device
-) -> list[Sample]:
+def _samples(adapter: ModelAdapter, count: int, rows: int, device: torch.device) -> list[Sample]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made = [
-            adapter.example_sample(rows, "cpu", adapter.compute_dtype(device))
-            for _ in range(count)
+            adapter.example_sample(rows, "cpu", adapter.compute_dtype(device)) for _ in range(count)
         ]
     for number, sample in enumerate(made):
         if "timestep" in sample:  # methods treat timesteps apart

@@ -297,6 +297,7 @@ class QVLM(Reconstruction):
         unit.layers = self.open_unit(unit)
         if self.rounding != "none":
             self._round(unit, self._learned_rounding)
+            self._sites.place(unit, {}, CHANGE)
         return unit.layers
 
     def _scale(self, weight: Tensor) -> Tensor:

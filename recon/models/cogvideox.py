@@ -1,7 +1,7 @@
 """CogVideoX text-to-video: 2B (position table), 5B (rotary), 1.5 (patches over frames)."""
 
 from collections.abc import Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NoReturn, cast
 from weakref import WeakValueDictionary
 
@@ -123,15 +123,13 @@ class CogVideoX(ModelAdapter):
     def example_sample(self, rows: int, device: Device, dtype: torch.dtype) -> Sample:
         """Latents and text at the frames and size of config.json."""
         config = self._settings
-        given = {"device": device, "dtype": dtype}
+        drawn = partial(torch.randn, device=device, dtype=dtype)
         latents = (rows, self._latent_frames, config.in_channels)
         text = (rows, config.max_text_seq_length, config.text_embed_dim)
         return {
-            "hidden_states": torch.randn(
-                *latents, config.sample_height, config.sample_width, **given
-            ),
-            "encoder_hidden_states": torch.randn(text, **given),
-            "timestep": torch.full((rows,), 500, dtype=torch.long, device=device),
+            "hidden_states": drawn(*latents, config.sample_height, config.sample_width),
+            "encoder_hidden_states": drawn(text),
+            "timestep": torch.full((rows,), 500, device=device),
         }
 
     def example_state(self, rows: int, device: Device, dtype: torch.dtype) -> State:
@@ -142,11 +140,11 @@ class CogVideoX(ModelAdapter):
             config.sample_width // config.patch_size
         )
         width = config.num_attention_heads * config.attention_head_dim
-        given = {"device": device, "dtype": dtype}
+        drawn = partial(torch.randn, device=device, dtype=dtype)
         state = {
-            "hidden_states": torch.randn(rows, video, width, **given),
-            "encoder_hidden_states": torch.randn(rows, config.max_text_seq_length, width, **given),
-            "temb": torch.randn(rows, config.time_embed_dim, **given),
+            "hidden_states": drawn(rows, video, width),
+            "encoder_hidden_states": drawn(rows, config.max_text_seq_length, width),
+            "temb": drawn(rows, config.time_embed_dim),
         }
         if config.use_rotary_positional_embeddings:
             table = torch.randn(video, config.attention_head_dim, device=device)

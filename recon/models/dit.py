@@ -4,7 +4,7 @@ import copy
 import inspect
 import json
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 from weakref import WeakValueDictionary
@@ -262,11 +262,10 @@ class DiT(ModelAdapter):
         """Latents of the size of config.json, of the first class."""
         size = self._settings.sample_size
         shape = (rows, self._settings.in_channels, size, size)
-        whole = {"dtype": torch.long, "device": device}
         return {
             "hidden_states": torch.randn(shape, device=device, dtype=dtype),
-            "timestep": torch.full((rows,), 500, **whole),
-            "class_labels": torch.zeros(rows, **whole),
+            "timestep": torch.full((rows,), 500, device=device),
+            "class_labels": torch.zeros(rows, dtype=torch.long, device=device),
         }
 
     def example_state(self, rows: int, device: Device, dtype: torch.dtype) -> State:
@@ -274,10 +273,10 @@ class DiT(ModelAdapter):
         config = self._settings
         tokens = (config.sample_size // config.patch_size) ** 2
         width = config.num_attention_heads * config.attention_head_dim
-        given = {"device": device, "dtype": dtype}
+        drawn = partial(torch.randn, device=device, dtype=dtype)
         return {
-            "hidden_states": torch.randn(rows, tokens, width, **given),
-            "conditioning": torch.randn(rows, 1, width, **given),
+            "hidden_states": drawn(rows, tokens, width),
+            "conditioning": drawn(rows, 1, width),
         }
 
     # The network, block by block

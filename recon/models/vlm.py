@@ -1,6 +1,6 @@
 """Vision-language models of transformers as a chain of decoder layers over text and pictures."""
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -113,11 +113,11 @@ class VisionLanguageAdapter(TransformersNetwork):
 
     def example_state(self, rows: int, device: Device, dtype: torch.dtype) -> State:
         """The stream of the longest sample, and its rotary tables."""
-        text, given = self._text_settings, {"device": device, "dtype": dtype}
+        text, drawn = self._text_settings, partial(torch.randn, device=device, dtype=dtype)
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        table = torch.randn(rows, self.token_limit, head, **given)
+        table = drawn(rows, self.token_limit, head)
         return {
-            "hidden_states": torch.randn(rows, self.token_limit, text.hidden_size, **given),
+            "hidden_states": drawn(rows, self.token_limit, text.hidden_size),
             "rotary_cos": table,
             "rotary_sin": table.clone(),
         }
