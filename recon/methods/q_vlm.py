@@ -297,7 +297,8 @@ class QVLM(Reconstruction):
         unit.layers = self.open_unit(unit)
         if self.rounding != "none":
             self._round(unit, self._learned_rounding)
-            self._sites.place(unit, {}, CHANGE)
+            widest = {name: 0 for names in self._sites_of(unit.unit) for name in names}
+            self._sites.place(unit, widest, CHANGE)
         return unit.layers
 
     def _scale(self, weight: Tensor) -> Tensor:
