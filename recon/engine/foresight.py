@@ -70,12 +70,12 @@ def _trial(
     module: "Reconstruction", unit: Unit, groups: list[LayerGroup]
 ) -> dict[str, QuantLinear]:
     """Layers as the method opens them, on linears of `ROWS` outputs."""
-    thin = [
-        LayerGroup(group.name, group.role, {n: _thin(m) for n, m in group.linears.items()})
-        for group in groups
-    ]
     with torch.random.fork_rng(devices=[]):  # planning must not move the run's random state
         torch.manual_seed(0)
+        thin = [
+            LayerGroup(group.name, group.role, {n: _thin(m) for n, m in group.linears.items()})
+            for group in groups
+        ]
         opened = OpenUnit(unit, thin, [], _record(module, unit, thin))
         return module.foreseen_layers(opened)
 

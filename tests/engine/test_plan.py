@@ -49,7 +49,7 @@ GEOMETRIES: dict[str, tuple[type[ModelAdapter], dict[str, Any]]] = {
             "sample_size": 32,
         },
     ),
-    "cogvideox_2b": (CogVideoX, {"_class_name": "CogVideoXTransformer3DModel"}),
+    "cogvideox_2b": (CogVideoX, {"_class_name": "CogVideoXTransformer3DModel", "num_layers": 30}),
     "cogvideox_5b": (
         CogVideoX,
         {
@@ -223,7 +223,7 @@ def test_an_example_sample_becomes_a_state_of_the_example_s_shapes(
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_q_vlm_is_planned_and_timed_on_every_family(name: str, tmp_path: Path) -> None:
-    adapter = write_tiny_vlm(tmp_path / "net", name)
+    adapter = FAMILIES[name][0](str(write_tiny_vlm(tmp_path / "net", name)))
     module = QVLM(adapter=adapter, steps=3, shrinks=(1.0, 0.8), threads=1)
     plan = plan_of(module, tmp_path, probe=True)
     assert not plan.units_known
