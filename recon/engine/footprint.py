@@ -70,15 +70,20 @@ class Footprint:
         return sum(asdict(self).values())
 
 
-def pipeline_bytes(adapter: ModelAdapter, device: torch.device) -> int:
-    """Bytes of the weights that calibration's sampling holds: the network and all beside it."""
+def sampling_bytes(adapter: ModelAdapter, device: torch.device) -> tuple[int, int]:
+    """Bytes of the weights that calibration samples with: of the network, and of all beside it.
+
+    The network is read tensor by tensor to its device; other parts are loaded on the host first.
+    """
     itemsize = adapter.compute_dtype(device).itemsize
-    elements = sum(p.numel() for p in adapter.empty_network().parameters())
-    if adapter.subfolder:
-        for folder in sorted(adapter.folder.iterdir()) if adapter.folder.is_dir() else ():
-            if folder != adapter.network_folder and any(folder.glob("*.safetensors")):
-                elements += WeightStore(folder).elements()
-    return elements * itemsize
+    network = sum(p.numel() for p in adapter.empty_network().parameters())
+    folders = sorted(adapter.folder.iterdir()) if adapter.subfolder else []
+    beside = sum(
+        WeightStore(folder).elements()
+        for folder in folders
+        if folder != adapter.network_folder and any(folder.glob("*.safetensors"))
+    )
+    return network * itemsize, beside * itemsize
 
 
 def stream_needs(

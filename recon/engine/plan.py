@@ -20,7 +20,7 @@ from recon.engine.footprint import (
     HEAP,
     Footprint,
     footprint,
-    pipeline_bytes,
+    sampling_bytes,
     stream_needs,
     stream_place,
 )
@@ -210,11 +210,12 @@ def _memory(setting: Setting, units: list[Unit]) -> Memory:
     open_unit = footprint(module, units, data, device, setting.processes)
     streams = stream_needs(module, data, device, setting.processes)
     place = stream_place(module, streams, device, setting.root)
-    sampling = pipeline_bytes(module.adapter, device) if data.sampling.calls else 0
+    network, parts = sampling_bytes(module.adapter, device) if data.sampling.calls else (0, 0)
+    sampling = network + parts
     held = streams[place] if place in ("device", "ram") else 0
     on_cpu = device.type == "cpu"
     computing = max(sampling, open_unit.total + (held if on_cpu or place == "device" else 0))
-    beside = computing if on_cpu else held if place == "ram" else 0
+    beside = computing if on_cpu else max(parts, held if place == "ram" else 0)
     return Memory(
         libraries=setting.libraries,
         heap=HEAP,
