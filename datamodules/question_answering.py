@@ -25,6 +25,7 @@ from recon.datamodules.questions import (
     unlike,
     world_examples,
 )
+from recon.engine.data import Sampling
 from recon.errors import ConfigError
 from recon.models.adapter import ModelAdapter
 from recon.models.answering import AnsweringPipeline
@@ -168,6 +169,16 @@ class QuestionAnswering(KeptCalibration):
     def sample_counts(self) -> tuple[int, int, int]:
         """Calibration samples, held-out samples, and the one conversation of each."""
         return self.num_samples, self.held_out_samples, 1
+
+    @property
+    def sampling(self) -> Sampling:
+        """No call of the network: candidates are scored by what enters it."""
+        return Sampling(scored=self.pool if self.select == "salient" else 0)
+
+    def sample_bytes(self, adapter: ModelAdapter, dtype: torch.dtype) -> int:
+        """Bytes of the first candidate's tensors, its picture included."""
+        pool, _ = self.calibration_examples
+        return sum(tensor.nbytes for tensor in self._chat_of(adapter).forced(pool[0]).values())
 
     def fingerprint_of(self, adapter: ModelAdapter, device: torch.device) -> Fingerprint:
         """Examples, how they are chosen and worded, teacher and its floating type."""

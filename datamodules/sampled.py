@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader
 
 from recon.calibration import ranks
 from recon.calibration.artefact import Fingerprint
-from recon.calibration.selection import SalientSelection, check_selection
+from recon.calibration.selection import UNSCORED, SalientSelection, check_selection
 from recon.datamodules.candidates import Branches, patch_size
 from recon.datamodules.kept import KeptCalibration
 from recon.datamodules.prompts import text_hash
 from recon.datamodules.salient import Plan, build
+from recon.engine.data import Sampling
 from recon.errors import ConfigError
 from recon.models.adapter import ModelAdapter
 
@@ -110,6 +111,18 @@ class SampledCalibration(KeptCalibration):
     def sample_counts(self) -> tuple[int, int, int]:
         """Calibration samples, held-out samples, and the batch size of each."""
         return self.rule.top_k, self.held_out_samples, 2 if self.branches == "both" else 1
+
+    @property
+    def sampling(self) -> Sampling:
+        """Every step of every prompt; steps are all spilled where scores choose among them."""
+        pool = self.num_trajectories * self.steps
+        scored = self.rule.metric not in UNSCORED or self.rule.diversity != "none"
+        return Sampling(
+            calls=pool + self.held_out_trajectories * self.steps,
+            rows=2 if self.guidance > 1 else 1,
+            spilled=(pool if scored else self.rule.top_k) + self.held_out_samples,
+            scored=pool,
+        )
 
     def build_set(
         self, folder: Path, adapter: ModelAdapter, fingerprint: Fingerprint, device: torch.device

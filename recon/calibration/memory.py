@@ -79,13 +79,14 @@ class MemoryBudget:
         )
 
     def _allowed(self, place: Place, value: str | int, device: torch.device, folder: Path) -> int:
-        free = _free(place, device, folder)
+        free = free_bytes(place, device, folder)
         if value == "auto":
             return int(free * _AUTO_SHARE[place])
         return min(parse_bytes(value), free)
 
 
-def _free(place: Place, device: torch.device, folder: Path) -> int:
+def free_bytes(place: Place, device: torch.device, folder: Path) -> int:
+    """Bytes that are free in a place now; of the disk that `folder` is or will be on."""
     if place == "device":
         return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     if place == "ram":

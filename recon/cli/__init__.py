@@ -1,4 +1,4 @@
-"""The command line: `recon fit | validate | test | predict | export | bench | compare`."""
+"""The command line: `recon COMMAND`; `recon --help` lists the commands."""
 
 from recon.cli.main import main
 

@@ -29,19 +29,19 @@ from recon.callbacks.tracking import RunCSVLogger, UnitTracking
 from recon.cli.arguments import run_name
 from recon.engine.checkpoint_io import AtomicCheckpointIO
 from recon.engine.checkpoints import clear_unfinished, examined, written
+from recon.engine.checks import checks
 from recon.engine.data import CalibrationData
-from recon.engine.loader import refuse_uneven
 from recon.engine.reconstruction import Reconstruction
-from recon.engine.settings import refuse_unsafe_trainer
 from recon.engine.strategy import ReconStrategy
 from recon.errors import CheckpointMismatch, ConfigError
 
 DESCRIPTION = """Post-training quantisation of diffusion transformers, unit by unit.
 
 `recon COMMAND --run FOLDER` takes configuration and newest checkpoint from a run folder. Further
-commands, each with --help: export (formats of other libraries), bench (their speed), compare
-(runs side by side), table (methods against baselines), bench-step (speed of one optimizer step on a
-block of real size)."""
+commands, each with --help: plan (memory, time, disk and sizes before a fit), export (formats of
+other libraries), bench (their speed), report (one page about a run), compare (runs side by side),
+table (methods against baselines), bench-step (speed of one optimizer step on a block of real
+size)."""
 
 
 class SavedConfig(SaveConfigCallback):
@@ -132,16 +132,9 @@ class ReconCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuses what cannot work, while nothing has been written."""
-        module, data = self._parts()
-        refuse_unsafe_trainer(self.trainer, type(module).__name__)
-        module.adapter.check_description()
-        data.check(module.adapter)  # reads no weights and imports no network: the quicker refusal
-        module.check()
-        root = Path(self.trainer.default_root_dir)
-        device = self.trainer.strategy.root_device
-        processes = self.trainer.num_devices * self.trainer.num_nodes
-        refuse_uneven(data.sample_counts[0], module.batch_size, processes, module.micro_batch)
-        module.check_budget(*data.sample_counts, root, device)
+        module, data = self.parts()
+        for check in checks(self.trainer, module, data):
+            check()
         self._checkpoint = self._resolved(required=False)
         if self._checkpoint is None:
             self._refuse_taken()
@@ -160,7 +153,8 @@ class ReconCLI(LightningCLI):
         Its own would read the whole file, damaged or not, and let it win over the command line.
         """
 
-    def _parts(self) -> tuple[Reconstruction, CalibrationData]:
+    def parts(self) -> tuple[Reconstruction, CalibrationData]:
+        """Method and data module."""
         assert isinstance(self.model, Reconstruction)
         assert isinstance(self.datamodule, CalibrationData)
         return self.model, self.datamodule
@@ -212,7 +206,7 @@ class ReconCLI(LightningCLI):
         self._evaluate(self.trainer.predict, {**kwargs, "return_predictions": False})
 
     def _evaluate(self, run: Any, kwargs: dict[str, Any]) -> None:
-        module, _ = self._parts()
+        module, _ = self.parts()
         module.check()
         checkpoint = self._resolved(required=True)
         assert checkpoint is not None
@@ -240,8 +234,24 @@ class _Chatter(logging.Filter):
         return not record.getMessage().startswith(dropped)
 
 
+class PreparedCLI(ReconCLI):
+    """A fit that is parsed and instantiated, and does not run."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Lightning: nothing."""
+
+
 def run(arguments: list[str]) -> None:
     """Parses `arguments` and runs the command they name."""
+    _command_line(ReconCLI, arguments)
+
+
+def prepared(arguments: list[str]) -> ReconCLI:
+    """Parses `arguments` of a fit; its trainer, module and data module, of which nothing ran."""
+    return _command_line(PreparedCLI, arguments)
+
+
+def _command_line(kind: type[ReconCLI], arguments: list[str]) -> ReconCLI:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_Chatter())
     warnings.filterwarnings("ignore", message=".*in eval mode.*")  # the teacher belongs there
@@ -250,7 +260,7 @@ def run(arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's own call
     warnings.filterwarnings("ignore", message=".*Total length of.*is zero.*")  # no unit is left
     sys.argv[1:] = arguments  # DDP starts the other processes with the same line
-    ReconCLI(
+    return kind(
         Reconstruction,
         CalibrationData,
         subclass_mode_model=True,

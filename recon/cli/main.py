@@ -2,10 +2,13 @@
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from recon.cli.arguments import with_run_folder
 from recon.cli.failures import sentence
 
+OWN_COMMANDS = ("bench", "bench-step", "compare", "export", "plan", "report", "table")
+"""Each is the function of its name in the module of its name."""
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 
 
@@ -13,35 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; a ReconError ends it with status 2 and its message alone."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if given[:1] == ["compare"]:
-            from recon.cli.compare import compare
-
-            compare(given[1:])
-            return
-        if given[:1] == ["table"]:
-            from recon.cli.table import table
-
-            table(given[1:])
-            return
-        if given[:1] == ["bench-step"]:
-            from recon.cli.bench_step import bench_step
-
-            bench_step(given[1:])
-            return
-        if given[:1] == ["bench"]:
-            from recon.cli.bench import bench
-
-            bench(given[1:])
-            return
-        if given[:1] == ["export"]:
-            from recon.cli.export import export
-
-            export(given[1:])
-            return
-        if given[:1] == ["report"]:
-            from recon.cli.report import report
-
-            report(given[1:])
+        if given and given[0] in OWN_COMMANDS:
+            name = given[0].replace("-", "_")
+            getattr(import_module(f"recon.cli.{name}"), name)(given[1:])
             return
         # Lightning and torch take seconds to import: `compare --help` need not wait for them.
         from recon.cli.lightning import run

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,20 @@ from lightning.pytorch import LightningDataModule
 
 from recon.calibration.artefact import CalibrationSet
 from recon.models.adapter import ModelAdapter
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What making a calibration set takes, for planning."""
+
+    calls: int = 0
+    """Calls of the whole network, over all processes."""
+    rows: int = 1
+    """Batch size of each."""
+    spilled: int = 0
+    """Samples on disk at a time, before the set is chosen from them."""
+    scored: int = 0
+    """Candidates whose scores are kept with the set."""
 
 
 class CalibrationData(LightningDataModule):
@@ -43,6 +58,16 @@ class CalibrationData(LightningDataModule):
     @abstractmethod
     def sample_counts(self) -> tuple[int, int, int]:
         """Calibration samples, held-out samples, and the batch size of each, before any is made."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """What making the set takes; default: nothing."""
+        return Sampling()
+
+    def sample_bytes(self, adapter: ModelAdapter, dtype: torch.dtype) -> int:
+        """Bytes of one sample's tensors; default: those of the configured input size."""
+        sample = adapter.example_sample(self.sample_counts[2], "meta", dtype)
+        return sum(tensor.nbytes for tensor in sample.values())
 
     @property
     @abstractmethod

@@ -16,17 +16,22 @@ _COPIES: dict[Place, int] = {"device": 4, "ram": 4, "disk": 6}
 
 
 def needed_bytes(
-    sample_bytes: int, samples: int, held_out: int, further: int = 0
+    sample_bytes: int,
+    samples: int,
+    held_out: int,
+    further: int = 0,
+    world: int | None = None,
 ) -> dict[Place, int]:
-    """Bytes the streams take in each place.
+    """Bytes that one process's streams take in each place.
 
     Args:
         sample_bytes: Streamed tensors of one sample at one boundary.
         samples: Calibration samples over all processes.
         held_out: Held-out samples, which carry the round-to-nearest stream too.
         further: Boundaries a method keeps beside the carried ones, for every sample.
+        world: Processes; None: those that are running.
     """
-    world = ranks.world()
+    world = ranks.world() if world is None else world
     mine = -(-samples // world) + -(-held_out // world)
     extra = -(-held_out // world)
     return {

@@ -164,6 +164,13 @@ class Reconstruction(LightningModule):
         """The units, first to last, once `preparation` is done; default: one per block."""
         return [Unit(name, (name,)) for name in self.adapter.block_names]
 
+    def foreseen_units(self) -> list[Unit]:
+        """The units as far as the configuration tells, for planning; default: `partition`.
+
+        Where `partition` waits for what `preparation` finds: the cut that takes most memory.
+        """
+        return self.partition()
+
     @property
     def further_streams(self) -> int:
         """Boundaries kept beside the carried ones while a unit is open, targets inside it first."""
@@ -202,6 +209,13 @@ class Reconstruction(LightningModule):
             for group in unit.groups
             for name, module in group.linears.items()
         }
+
+    def foreseen_layers(self, unit: OpenUnit) -> dict[str, QuantLinear]:
+        """Layers with the parts they have when the unit learns; their numbers mean nothing.
+
+        For planning: `unit.record` is random, and there are no streams. Default: `open_unit`.
+        """
+        return self.open_unit(unit)
 
     def open_attention(self, name: str, unit: OpenUnit) -> QuantAttention:
         """The quantised products of the attention of that full name.

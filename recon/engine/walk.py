@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
@@ -14,6 +15,7 @@ from recon.engine import attention, stage_data
 from recon.engine.assembly import assembled, compile_pays, layer_groups, nearest_layers
 from recon.engine.unit import OpenUnit, StageState, Unit
 from recon.layers.quant_attention import QuantAttention
+from recon.types import State
 
 if TYPE_CHECKING:
     from recon.engine.reconstruction import Reconstruction
@@ -118,17 +120,27 @@ def factor(schedule: Callable[[float], float], steps: int) -> Callable[[int], fl
 
 def compiles(module: "Reconstruction") -> bool:
     """Whether the unit's forward will be compiled."""
-    if module.compile_choice != "auto":
-        return bool(module.compile_choice)
-    if not module.units:  # of several lengths: each would be compiled anew
-        return False
+    # Without units yet there are several lengths: each would be compiled anew.
+    if module.compile_choice != "auto" or not module.units:
+        return module.compile_choice is True
+    state = module.adapter.embed(module.frontier.sample(0), module.run_device)
+    return compiling_pays(module, state, module.run_device)
+
+
+def compiling_pays(module: "Reconstruction", state: State, device: torch.device) -> bool:
+    """What `compile: auto` decides for a module that is cut into units.
+
+    Args:
+        module: Its units and steps are known.
+        state: What enters the first unit.
+        device: Where it runs.
+    """
     unit = module.units[0]
     shapes = [s for name in unit.blocks for s in module.adapter.linear_shapes(name).values()]
-    state = module.adapter.embed(module.frontier.sample(0), module.run_device)
     tokens = module.adapter.tokens(state).shape[:2].numel() * module.batch_size
     steps = module.planned_steps
     weights = sum(out * in_ for out, in_ in shapes)
-    return compile_pays(module.run_device, weights, tokens, steps)
+    return compile_pays(device, weights, tokens, steps)
 
 
 def blocks_of(module: "Reconstruction", unit: Unit) -> list[nn.Module]:

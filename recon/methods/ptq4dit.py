@@ -14,6 +14,7 @@ which changes no number.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -31,6 +32,7 @@ from recon.layers.static_range import StaticRange
 from recon.layers.transform import InputTransform
 from recon.losses.reconstruction import token_weighted_error
 from recon.quantizers.affine import absmax_scale, fake_quantize_tokens, weight_range
+from recon.quantizers.affine import codes as nearest_codes
 from recon.quantizers.gptq import gptq_codes
 from recon.quantizers.ranges import mse_clip_ratio, static_range_errors
 from recon.quantizers.salience import Aggregation, aggregate, balance_scale, weight_salience
@@ -135,10 +137,21 @@ class PTQ4DiT(Reconstruction):
 
     def open_unit(self, unit: OpenUnit) -> dict[str, QuantLinear]:
         """Layers on balanced weights, whose rounding starts there or halfway to GPTQ's codes."""
+        return self._layers(unit, lambda group, transform: self._gram(group, unit, transform))
+
+    def foreseen_layers(self, unit: OpenUnit) -> dict[str, QuantLinear]:
+        """The same without correlations: GPTQ would take minutes over those of wide inputs."""
+        return self._layers(unit, lambda group, transform: None)
+
+    def _layers(
+        self,
+        unit: OpenUnit,
+        gram_of: Callable[[LayerGroup, InputTransform | None], Tensor | None],
+    ) -> dict[str, QuantLinear]:
         layers = {}
         for group in unit.groups:
             transform = self._transform(group, unit)
-            gram = self._gram(group, unit, transform) if self._starts_at_gptq else None
+            gram = gram_of(group, transform) if self._starts_at_gptq else None
             for name, module in group.linears.items():
                 weight = module.weight.float()
                 balanced = weight if transform is None else transform.weight(weight)
@@ -217,7 +230,13 @@ class PTQ4DiT(Reconstruction):
         absmax = weight_range(weight, self.weight)
         ratio = mse_clip_ratio(weight, self.weight, self.grid)
         scale = absmax_scale(absmax * ratio, self.weight)
-        codes = None if gram is None else gptq_codes(weight, gram, scale, self.weight)
+        codes = None
+        if self._starts_at_gptq:
+            codes = (
+                nearest_codes(weight, scale, self.weight)
+                if gram is None
+                else gptq_codes(weight, gram, scale, self.weight)
+            )
         return AdaptiveRounding(weight, scale, self.weight, codes)
 
     # Training: AdaRound on block outputs --------------------------------------------------------

@@ -233,9 +233,16 @@ class QVLM(Reconstruction):
         """Blocks of at most `largest` layers."""
         names = self.adapter.block_names
         if self.partition_by in ("fixed", "layerwise") or len(names) == 1:
-            cut = fixed_partition(len(names), self.largest if self.partition_by == "fixed" else 1)
-        else:
-            cut = self._cut(self.findings["dependency"][self.proxy])
+            return self.foreseen_units()
+        return self._units(self._cut(self.findings["dependency"][self.proxy]))
+
+    def foreseen_units(self) -> list[Unit]:
+        """Blocks of `largest` layers, where the survey has still to cut them."""
+        size = 1 if self.partition_by == "layerwise" else self.largest
+        return self._units(fixed_partition(len(self.adapter.block_names), size))
+
+    def _units(self, cut: list[range]) -> list[Unit]:
+        names = self.adapter.block_names
         units = []
         for block in cut:
             inside = names[block.start : block.stop]
@@ -284,6 +291,15 @@ class QVLM(Reconstruction):
                     activation_range=token,
                 )
         return layers
+
+    def foreseen_layers(self, unit: OpenUnit) -> dict[str, QuantLinear]:
+        """As they stand when the search has ended and rounding is learned."""
+        unit.layers = self.open_unit(unit)
+        if self.rounding != "none":
+            self._round(unit, self._learned_rounding)
+            widest = {name: 0 for names in self._sites_of(unit.unit) for name in names}
+            self._sites.place(unit, widest, CHANGE)
+        return unit.layers
 
     def _scale(self, weight: Tensor) -> Tensor:
         ratio = mse_clip_ratio(weight, self.weight)

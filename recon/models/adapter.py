@@ -297,6 +297,14 @@ class ModelAdapter(ABC):
             "geometry": json.dumps(geometry, sort_keys=True),
         }
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Floating type of most weights on disk; where there are none, bfloat16 as most are."""
+        try:
+            return self.weights.dtype()
+        except WeightsError:
+            return torch.bfloat16
+
     def compute_dtype(self, device: Device) -> torch.dtype:
         """Floating type of the full-precision network on a device."""
         if self.dtype != "auto":
@@ -321,12 +329,26 @@ class ModelAdapter(ABC):
         Raises:
             ConfigError: The network has no block of that name.
         """
-        block = self._empty_block(block_name)
+        block = self.empty_block(block_name)
         return {
             name: (module.out_features, module.in_features)
             for name, module in block.named_modules()
             if isinstance(module, nn.Linear)
         }
+
+    def empty_block(self, name: str) -> nn.Module:
+        """The block as `block` gives it, on the meta device; not to be changed.
+
+        Raises:
+            ConfigError: The network has no block of that name.
+        """
+        if name not in self.block_names:
+            raise ConfigError(
+                f"{name!r} is not a block of {self.network_class} in {self.folder}. Its "
+                f"{len(self.block_names)} blocks are {self.block_names[0]} to "
+                f"{self.block_names[-1]}."
+            )
+        return self._meta.get_submodule(name)
 
     @abstractmethod
     def empty_network(self) -> nn.Module:
@@ -345,7 +367,7 @@ class ModelAdapter(ABC):
             ConfigError: The network has no block of that name.
             WeightsError: The files lack some of the block's weights, or hold other shapes.
         """
-        block = copy.deepcopy(self._empty_block(name))
+        block = copy.deepcopy(self.empty_block(name))
         key = (name, str(torch.device(device)))
         weights = self._resident.get(key)
         if weights is None:
@@ -393,7 +415,28 @@ class ModelAdapter(ABC):
             WeightsError: Other weights are missing, or some do not fit.
         """
 
+    # Inputs of the configured size
+
     @abstractmethod
+    def example_sample(self, rows: int, device: Device, dtype: torch.dtype) -> Sample:
+        """Random numbers in the shape of a sample of the configured input size.
+
+        Args:
+            rows: Batch of the sample.
+            device: Where it is made; on the meta device only its shapes are.
+            dtype: Its floating type.
+        """
+
+    @abstractmethod
+    def example_state(self, rows: int, device: Device, dtype: torch.dtype) -> State:
+        """Random numbers in the shape of what `embed` makes of such a sample; reads no weights.
+
+        Args:
+            rows: Batch of the sample.
+            device: Where it is made; on the meta device only its shapes are.
+            dtype: Its floating type.
+        """
+
     def stream_bytes(self, rows: int, device: Device) -> int:
         """Bytes of the streamed tensors of one sample, at the configured input size.
 
@@ -401,6 +444,8 @@ class ModelAdapter(ABC):
             rows: Batch of the sample.
             device: Where the network runs; its floating type depends on it.
         """
+        state = self.example_state(rows, "meta", self.compute_dtype(device))
+        return sum(state[name].nbytes for name in self.streamed)
 
     # The network as others call and save it
 
@@ -443,15 +488,6 @@ class ModelAdapter(ABC):
     def _read_block(self, name: str, device: Device) -> dict[str, Tensor]:
         """Weights of a block from the files, by their name in it."""
         return self.weights.load(name, self.compute_dtype(device), device)
-
-    def _empty_block(self, name: str) -> nn.Module:
-        if name not in self.block_names:
-            raise ConfigError(
-                f"{name!r} is not a block of {self.network_class} in {self.folder}. Its "
-                f"{len(self.block_names)} blocks are {self.block_names[0]} to "
-                f"{self.block_names[-1]}."
-            )
-        return self._meta.get_submodule(name)
 
     def _assign(
         self, module: nn.Module, weights: Mapping[str, Tensor], optional: Set[str] = frozenset()

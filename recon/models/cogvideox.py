@@ -1,7 +1,7 @@
 """CogVideoX text-to-video: 2B (position table), 5B (rotary), 1.5 (patches over frames)."""
 
 from collections.abc import Iterable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NoReturn, cast
 from weakref import WeakValueDictionary
 
@@ -120,16 +120,43 @@ class CogVideoX(ModelAdapter):
             setattr(network.get_submodule(owner), leaf, buffer.to(device))
         return network.requires_grad_(False).eval()
 
-    def stream_bytes(self, rows: int, device: Device) -> int:
-        """Bytes of both streams of one sample, at the frames and size of config.json."""
+    def example_sample(self, rows: int, device: Device, dtype: torch.dtype) -> Sample:
+        """Latents and text at the frames and size of config.json."""
+        config = self._settings
+        drawn = partial(torch.randn, device=device, dtype=dtype)
+        latents = (rows, self._latent_frames, config.in_channels)
+        text = (rows, config.max_text_seq_length, config.text_embed_dim)
+        return {
+            "hidden_states": drawn(*latents, config.sample_height, config.sample_width),
+            "encoder_hidden_states": drawn(text),
+            "timestep": torch.full((rows,), 500, device=device),
+        }
+
+    def example_state(self, rows: int, device: Device, dtype: torch.dtype) -> State:
+        """Both streams at the frames and size of config.json, and what conditions them."""
+        config = self._settings
+        video = self._latent_frames // (config.patch_size_t or 1)
+        video *= (config.sample_height // config.patch_size) * (
+            config.sample_width // config.patch_size
+        )
+        width = config.num_attention_heads * config.attention_head_dim
+        drawn = partial(torch.randn, device=device, dtype=dtype)
+        state = {
+            "hidden_states": drawn(rows, video, width),
+            "encoder_hidden_states": drawn(rows, config.max_text_seq_length, width),
+            "temb": drawn(rows, config.time_embed_dim),
+        }
+        if config.use_rotary_positional_embeddings:
+            table = torch.randn(video, config.attention_head_dim, device=device)
+            state |= dict.fromkeys(self.shared, table.expand(rows, -1, -1))
+        return state
+
+    @property
+    def _latent_frames(self) -> int:
         config = self._settings
         frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
-        patch, patch_frames = config.patch_size, config.patch_size_t or 1
-        video = -(-frames // patch_frames)  # the pipeline pads frames up to whole patches
-        video *= (config.sample_height // patch) * (config.sample_width // patch)
-        width = config.num_attention_heads * config.attention_head_dim
-        tokens = config.max_text_seq_length + video
-        return int(rows * tokens * width * self.compute_dtype(device).itemsize)
+        # The pipeline pads frames up to whole patches.
+        return int(frames + -frames % (config.patch_size_t or 1))
 
     @property
     def _settings(self) -> Any:

@@ -4,7 +4,7 @@ import copy
 import inspect
 import json
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 from weakref import WeakValueDictionary
@@ -252,12 +252,32 @@ class DiT(ModelAdapter):
         with torch.device("meta"):
             return self._built(self.config)
 
-    def stream_bytes(self, rows: int, device: Device) -> int:
-        """Bytes of the stream of one sample, at the size of config.json."""
+    def empty_block(self, name: str) -> nn.Module:
+        """As for every adapter, without an embedder of its own."""
+        block = shared_copy(super().empty_block(name))
+        block.set_submodule(EMBEDDER, _CarriedConditioning())
+        return block
+
+    def example_sample(self, rows: int, device: Device, dtype: torch.dtype) -> Sample:
+        """Latents of the size of config.json, of the first class."""
+        size = self._settings.sample_size
+        shape = (rows, self._settings.in_channels, size, size)
+        return {
+            "hidden_states": torch.randn(shape, device=device, dtype=dtype),
+            "timestep": torch.full((rows,), 500, device=device),
+            "class_labels": torch.zeros(rows, dtype=torch.long, device=device),
+        }
+
+    def example_state(self, rows: int, device: Device, dtype: torch.dtype) -> State:
+        """Tokens of the size of config.json, and one embedder's conditioning."""
         config = self._settings
         tokens = (config.sample_size // config.patch_size) ** 2
         width = config.num_attention_heads * config.attention_head_dim
-        return int(rows * tokens * width * self.compute_dtype(device).itemsize)
+        drawn = partial(torch.randn, device=device, dtype=dtype)
+        return {
+            "hidden_states": drawn(rows, tokens, width),
+            "conditioning": drawn(rows, 1, width),
+        }
 
     # The network, block by block
 
@@ -536,12 +556,6 @@ class DiT(ModelAdapter):
         for block in network.transformer_blocks:
             block.norm1.emb.time_proj.downscale_freq_shift = self.downscale_freq_shift
         return cast(nn.Module, network)
-
-    def _empty_block(self, name: str) -> nn.Module:
-        """Without an embedder of its own."""
-        block = shared_copy(super()._empty_block(name))
-        block.set_submodule(EMBEDDER, _CarriedConditioning())
-        return block
 
     def _read_block(self, name: str, device: Device) -> dict[str, Tensor]:
         start = f"{name}."

@@ -1,6 +1,6 @@
 """Vision-language models of transformers as a chain of decoder layers over text and pictures."""
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -106,10 +106,21 @@ class VisionLanguageAdapter(TransformersNetwork):
         """Tokens a sample may have: `max_tokens`, or the context where that is shorter."""
         return min(self.max_tokens, int(self._text_settings.max_position_embeddings))
 
-    def stream_bytes(self, rows: int, device: Device) -> int:
-        """Bytes of the stream of the longest sample."""
-        width = int(self._text_settings.hidden_size)
-        return rows * self.token_limit * width * self.compute_dtype(device).itemsize
+    def example_sample(self, rows: int, device: Device, dtype: torch.dtype) -> Sample:
+        """A text of the greatest length, without a picture."""
+        ids = torch.zeros(rows, self.token_limit, dtype=torch.long, device=device)
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    def example_state(self, rows: int, device: Device, dtype: torch.dtype) -> State:
+        """The stream of the longest sample, and its rotary tables."""
+        text, drawn = self._text_settings, partial(torch.randn, device=device, dtype=dtype)
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        table = drawn(rows, self.token_limit, head)
+        return {
+            "hidden_states": drawn(rows, self.token_limit, text.hidden_size),
+            "rotary_cos": table,
+            "rotary_sin": table.clone(),
+        }
 
     # The network, block by block
 

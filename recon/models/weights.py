@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -105,6 +106,11 @@ class WeightStore:
                 start, end = entry["data_offsets"]
                 bytes_of[entry["dtype"]] += end - start
         return FLOATING[bytes_of.most_common(1)[0][0]] if bytes_of else torch.float32
+
+    def elements(self) -> int:
+        """Numbers in all floating tensors."""
+        entries = (self._entry(name) for name in self._places)
+        return sum(math.prod(e["shape"]) for e in entries if e["dtype"] in FLOATING)
 
     @property
     def variant(self) -> str | None:

@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import recon
 from recon.engine import Reconstruction
 from recon.engine.fingerprint import NEUTRAL, settings
+from recon.engine.foresight import closed_layers, opened_layers
+from recon.engine.result import linear_bytes
 from recon.engine.sampling import network
 from recon.errors import CheckpointMismatch
 from recon.layers.quant_linear import QuantLinear
@@ -280,3 +283,44 @@ def test_four_bit_codes_take_four_bits(copied: Path) -> None:
     assert shared == stored
     assert len(stored) == 3 * 6  # one per distinct input
     assert QuantSpec(**manifest["weight"]).num_bits == 4
+
+
+# Planning
+
+
+@methods
+def test_the_foreseen_layers_are_those_that_a_fit_leaves(
+    kind: type[Reconstruction], runs: dict[type[Reconstruction], Run], teacher: Path
+) -> None:
+    module = kind(adapter=CogVideoX(str(teacher)), threads=1, compile=False, **METHODS[kind])
+    foreseen = closed_layers(module, module.foreseen_units())
+    left = {name.replace("/", "."): part for name, part in runs[kind].module.quantizers.items()}
+    assert list(foreseen) == list(left)
+    for name, layer in left.items():
+        expected = {key: (t.shape, t.dtype) for key, t in layer.state_dict().items()}
+        assert {k: (t.shape, t.dtype) for k, t in foreseen[name].state_dict().items()} == expected
+    assert linear_bytes(foreseen.values()) == linear_bytes(left.values())
+
+
+@methods
+def test_what_learns_is_foreseen(
+    kind: type[Reconstruction], teacher: Path, samples: Path, tmp_path: Path
+) -> None:
+    module = kind(adapter=CogVideoX(str(teacher)), threads=1, compile=False, **METHODS[kind])
+    expected = {
+        name: {key: p.shape for key, p in layer.named_parameters()}
+        for name, layer in opened_layers(module, module.foreseen_units()[0]).items()
+    }
+    seen: dict[str, dict[str, Any]] = {}
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            if pl_module.index == 0:
+                for name, layer in pl_module.opened.layers.items():
+                    seen[name] = {key: p.shape for key, p in layer.named_parameters()}
+
+    fit(tmp_path, module, samples, Look())
+    assert seen == expected
+    assert any(parts for parts in seen.values()) == (
+        kind not in (RoundToNearest, SmoothQuant, GPTQ)
+    )

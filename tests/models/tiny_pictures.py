@@ -111,8 +111,11 @@ class TinyPicturesAdapter(ModelAdapter):
         assert isinstance(network, TinyPictures)
         return network.requires_grad_(False).eval()
 
-    def stream_bytes(self, rows: int, device: Device) -> int:
-        return rows * 4 * 16 * WIDTH
+    def example_sample(self, rows: int, device: Device, dtype: torch.dtype) -> Sample:
+        return {"input_ids": torch.zeros(rows, 16, dtype=torch.long, device=device)}
+
+    def example_state(self, rows: int, device: Device, dtype: torch.dtype) -> State:
+        return {"hidden_states": torch.randn(rows, 16, WIDTH, device=device, dtype=dtype)}
 
     @torch.no_grad()
     def embed(self, sample: Sample, device: Device) -> State:

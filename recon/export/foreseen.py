@@ -1,0 +1,74 @@
+"""Size of each export of a run that is still to be made, or what speaks against it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import device as Device  # noqa: N812 - a type here
+
+from recon.engine.artefacts import unquantized_bytes
+from recon.engine.attention import quantized_names
+from recon.engine.native import Native
+from recon.engine.reconstruction import Reconstruction
+from recon.engine.result import linear_bytes
+from recon.export.exporting import FORMATS
+from recon.export.finished import Finished
+from recon.export.format import Format
+from recon.layers.quant_linear import QuantLinear
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """One format."""
+
+    format: str
+    bytes: int
+    """Of the network's files, about; the pipeline's other parts are not counted."""
+    obstacles: list[str]
+    """Why it would be refused; empty if it would not. Step sizes that a format cannot hold show
+    only when they are learned."""
+
+
+@dataclass(frozen=True)
+class _ForeseenNative(Native):
+    """A result of which there are layers, and no folder."""
+
+    made: Mapping[str, QuantLinear]
+
+    def layers(self, device: Device | str = "cpu") -> dict[str, QuantLinear]:
+        """The foreseen layers."""
+        return dict(self.made)
+
+
+def foreseen_exports(module: Reconstruction, layers: dict[str, QuantLinear]) -> list[Foreseen]:
+    """Every format, asked about a run as it would end.
+
+    Args:
+        module: The method.
+        layers: As `recon.engine.foresight.closed_layers` gives them.
+    """
+    adapter = module.adapter
+    attentions = dict.fromkeys(quantized_names(module, adapter.block_names))
+    native = _ForeseenNative(adapter.folder, {"attentions": attentions}, adapter, layers)
+    finished = Finished(Path(), native)
+    rest = unquantized_bytes(adapter, layers)
+    return [
+        Foreseen(
+            form.name,
+            _bytes(form, layers, module.weight.num_bits, rest, adapter.stored_dtype.itemsize),
+            form.obstacles(finished),
+        )
+        for form in FORMATS.values()
+    ]
+
+
+def _bytes(
+    form: Format, layers: dict[str, QuantLinear], num_bits: int, rest: int, itemsize: int
+) -> int:
+    weights = sum(layer.out_features * layer.in_features for layer in layers.values())
+    if form.weights_only:  # every tensor in 16 bits, transforms merged
+        return 2 * weights + 2 * rest // itemsize
+    codes = sum(layer.codes.nbytes for layer in layers.values() if layer.codes is not None)
+    beside = linear_bytes(layers.values())["quantized"] - codes
+    stored = form.stored_bits(num_bits)
+    return (codes if stored == num_bits else weights * stored // 8) + beside + rest

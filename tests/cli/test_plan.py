@@ -1,0 +1,180 @@
+"""`recon plan`: as a user types it, and beside what fits on the embedded teachers took."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.command import CONFIGS, contents, finished, fit_arguments, image_arguments
+
+Call = Callable[[list[str]], tuple[int, str]]
+
+TOLERANCE = 0.2
+TEACHERS = {
+    "ptq4dit": ("image", "--model.steps", "5"),
+    "s2q_vdit": ("video", "--model.epochs", "1"),
+}
+OBSERVED: dict[str, dict[str, int]] = {
+    "ptq4dit": {
+        "host": 693_899_264,
+        "linears": 1_269_760,
+        "quantized": 4_269_711,
+        "calibration": 1_145_030,
+        "native": 4_319_511,
+        "bf16": 7_690_948,
+        "torchao": 5_487_678,
+    },
+    "s2q_vdit": {
+        "host": 740_425_728,
+        "linears": 1_341_312,
+        "quantized": 1_598_995,
+        "calibration": 1_289_230,
+    },
+}
+"""Bytes of fits with `TEACHERS`'s options on one core (torch 2.13, CPU): peak_memory_bytes.host and
+size_bytes.quantized of summary.json, files of quantized/, calibration/ and of the transformer in
+each export."""
+
+
+def arguments(config: str, root: Path) -> list[str]:
+    teacher, *options = TEACHERS[config]
+    repository = CONFIGS.parent
+    return [
+        *("--config", str(CONFIGS / f"{config}.yaml"), *options),
+        *("--model.adapter.init_args.folder", str(repository / "recon" / "zoo" / teacher)),
+        *("--trainer.default_root_dir", str(root), "--trainer.accelerator", "cpu"),
+    ]
+
+
+def planned(config: str, folder: Path, *more: str) -> dict[str, Any]:
+    """The plan by a process of its own: what libraries take is measured there."""
+    file = folder / "plan.json"
+    command = ["plan", *arguments(config, folder / "run"), "--json", str(file), *more]
+    assert finished(command, folder / "plan.log") == 0, (folder / "plan.log").read_text()
+    content: dict[str, Any] = json.loads(file.read_text())
+    return content
+
+
+def foreseen(plan: dict[str, Any]) -> dict[str, int]:
+    """The planned counterparts of what was observed."""
+    files = plan["disk"]["artefacts"]
+    sizes = {export["format"]: export["bytes"] for export in plan["exports"]}
+    rest = files["quantized"] - sizes["native"]
+    assert rest == 0
+    return {
+        "host": plan["memory"]["host"],
+        "quantized": files["quantized"],
+        "calibration": files["calibration"],
+        **sizes,
+    }
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("config", TEACHERS)
+def test_a_plan_is_near_what_was_observed(config: str, tmp_path: Path) -> None:
+    # Ten seconds: a process that imports what a fit does.
+    plan = planned(config, tmp_path, "--no-probe")
+    found = foreseen(plan)
+    for name, observed in OBSERVED[config].items():
+        if name != "linears":
+            assert found[name] == pytest.approx(observed, rel=TOLERANCE), name
+    assert plan["refusals"] == []
+    assert plan["seconds"] is None
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", TEACHERS)
+def test_a_fit_takes_what_was_planned(config: str, tmp_path: Path) -> None:
+    plan = planned(config, tmp_path)
+    found = foreseen(plan)
+    quiet = ("--wandb", "false", "--media.after_fit", "0")
+    root = tmp_path / "run"
+    assert finished(["fit", *arguments(config, root), *quiet], tmp_path / "log", 900) == 0
+    summary = json.loads((root / "summary.json").read_text())
+    assert summary["size_bytes"]["quantized"] == OBSERVED[config]["linears"]
+    host = summary["peak_memory_bytes"]["host"]
+    assert found["host"] == pytest.approx(host, rel=TOLERANCE)
+    for folder in ("quantized", "calibration"):
+        assert found[folder] == pytest.approx(size_of(root / folder), rel=TOLERANCE)
+    assert size_of(root / "checkpoints") <= plan["disk"]["artefacts"]["checkpoints"]
+    assert plan["seconds"]["reconstruction"] > 0
+
+
+# As a user types it
+
+
+def test_a_plan_says_everything_in_eighty_columns_and_writes_nothing(
+    recon: Call, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    before = contents(tmp_path)
+    line = fit_arguments(tmp_path / "run", pipeline)[1:]
+    status, printed = recon(["plan", *line])
+    assert status == 0, printed
+    assert contents(tmp_path) == before
+    shown = printed[printed.index("S2QVDiT on CogVideoXTransformer3DModel") :]
+    assert all(len(row) <= 80 for row in shown.splitlines())
+    for words in (
+        "Quantised", "attention_input", "4 per channel", "6 per token", "Left in full precision",
+        "outside the blocks", "Peak memory of a process (estimates)", "Disk (estimates)",
+        "calibration/", "Exports (estimates", "would be refused", "torchao: ", "Time (estimate)",
+        "Processes (one a GPU)",
+    ):  # fmt: skip
+        assert words in shown
+    assert "would refuse this" not in shown
+
+
+def test_without_weights_a_plan_is_made_all_the_same(
+    recon: Call, images: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "net" / "transformer"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text((images / "transformer" / "config.json").read_text())
+    line = image_arguments(tmp_path / "run", folder.parent)[1:]
+    started = time.monotonic()
+    status, printed = recon(["plan", *line, "--json", str(tmp_path / "plan.json")])
+    assert status == 0, printed
+    assert time.monotonic() - started < 20
+    assert "The weights were not found: bfloat16 is assumed on disk." in printed
+    assert "recon fit would refuse this:" in printed
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert any("model_index.json is missing" in reason for reason in plan["refusals"])
+    assert plan["why_untimed"] == "not measured: the weights were not found"
+
+
+def test_a_plan_of_no_network_is_refused(recon: Call, pipeline: Path, tmp_path: Path) -> None:
+    line = fit_arguments(tmp_path / "run", tmp_path / "nothing")[1:]
+    status, printed = recon(["plan", *line])
+    assert status == 2
+    assert "config.json is missing" in printed
+
+
+def test_a_plan_shows_what_fit_refuses_and_fit_refuses_it(
+    recon: Call, pipeline: Path, tmp_path: Path
+) -> None:
+    budgets = [f"--model.memory.{place}=0" for place in ("device", "ram", "disk")]
+    line = fit_arguments(tmp_path / "run", pipeline, *budgets)
+    status, printed = recon(["plan", "--no-probe", *line[1:]])
+    assert status == 0, printed
+    flat = " ".join(printed.split())
+    assert flat.count("The carried streams fit nowhere") == 1
+    status, printed = recon(line)
+    assert status == 2
+    assert "The carried streams fit nowhere" in " ".join(printed.split())
+
+
+def test_fit_refuses_a_disk_that_is_too_small_before_anything_is_written(
+    recon: Call, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recon.engine.artefacts.free_bytes", lambda *unused: 1000)
+    status, printed = recon(fit_arguments(tmp_path / "run", pipeline))
+    assert status == 2
+    assert "and 1,000 are free. Free some space" in " ".join(printed.split())
+    assert not (tmp_path / "run").exists()
