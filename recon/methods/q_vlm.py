@@ -2,6 +2,7 @@
 
 The paper in its own order, and where each part stands:
 
+    visual encoder               eqs 8-10   `open_vision`; `recon.methods.visual_encoder`
     cross-layer dependency       eqs 4-6    `survey`; `recon.calibration.dependency`
     block partition              eq. 7      `partition`; `recon.calibration.partition`
     joint search of clip ranges  eqs 2, 3   `search_step`; `recon.calibration.search`
@@ -9,8 +10,9 @@ The paper in its own order, and where each part stands:
 
 The authors' code does none of this as described (NF4 weights, no block objective, no search), so
 the paper is what is implemented. A layer is a block of the network. Before there are units, one
-stage walks over the pairs of neighbouring layers; each unit then has a stage that searches and one
-that learns. The block objective never rises: warm start, joint search, learned rounding.
+stage quantises or tunes the visual encoder, if that is asked for, and one walks over the pairs of
+neighbouring layers; each unit then has a stage that searches and one that learns. The block
+objective never rises: warm start, joint search, learned rounding.
 """
 
 import math
@@ -19,29 +21,32 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
 from recon.calibration.dependency import conditional_entropy
 from recon.calibration.partition import fixed_partition, greedy_partition, optimal_partition
 from recon.calibration.search import CoordinateSearch, ProductSearch, SearchPlan
 from recon.calibration.selection import rank_correlation
-from recon.engine import keep_best, walk
+from recon.calibration.statistics import UnitRecord
+from recon.engine import keep_best, vision, walk
 from recon.engine.activation_sites import ActivationSites
+from recon.engine.assembly import linear
 from recon.engine.pairs import pair_histogram
 from recon.engine.prefixes import Prefixes, target_power, unit_error
 from recon.engine.reconstruction import Reconstruction
-from recon.engine.unit import OpenUnit, Stage, StageState, Unit
-from recon.errors import CapabilityMissing, ConfigError
+from recon.engine.unit import LayerGroup, OpenUnit, Stage, StageState, Unit
+from recon.errors import ConfigError
 from recon.layers.quant_linear import QuantLinear
 from recon.layers.rounding import AdaptiveRounding, OffsetRounding, Rounding, rounding_penalty
 from recon.layers.static_range import StaticRange
 from recon.layers.token_range import TokenRange
 from recon.layers.transform import InputTransform
 from recon.losses.reconstruction import error_and_power
-from recon.models.adapter import SeesPictures, missing_attributes
-from recon.quantizers.affine import absmax_scale, weight_range
+from recon.methods.visual_encoder import VisualEncoderStage, VisualEncoderTuning
+from recon.models.adapter import SeesPictures
+from recon.quantizers.affine import absmax_scale, check_group_size, weight_range
 from recon.quantizers.ranges import mse_clip_ratio
-from recon.quantizers.spec import Strategy
+from recon.quantizers.spec import QuantSpec, Strategy
 
 LARGEST = 3
 """Layers of a block, at most. Source: Q-VLM, figure 3a."""
@@ -60,6 +65,9 @@ CHANGE = (math.log(0.25), math.log(1.5))
 
 MAX_LEVELS = 6
 """Bits of the points hidden states are assigned to, at most: the table has 4^bits numbers."""
+
+MakeRounding = Callable[[Tensor, Tensor], Rounding]
+"""Of a weight and its step sizes."""
 
 SIGN = {"betas": (0.0, 0.0), "eps": 1e-20}
 """Adam without memory is g / |g|: SignSGD. The square of 1e-20 is zero, and 0 / eps no step."""
@@ -95,6 +103,10 @@ class QVLM(Reconstruction):
         range_lr: Of the logarithms of activation ranges and weight step sizes (Adam, cosine to 0).
         rounding_weight: Of adaround's regulariser, beside BRECQ's loss. Source: 0.01.
         image_weight: ω of a picture's tokens in the block objective; those of text have 1.
+        quantize_vision: Whether the linears of the visual encoder are quantised, their inputs per
+            token (Source: Q-VLM, after Outlier Suppression). The paper does; ours leaves it out,
+            because nothing learns the encoder's rounding.
+        veo: Tuning of the visual encoder, quantised or not, before anything else.
         **kwargs: Arguments of `Reconstruction`.
 
     Raises:
@@ -124,6 +136,8 @@ class QVLM(Reconstruction):
         range_lr: float = 1e-3,
         rounding_weight: float = 0.01,
         image_weight: float = 1.0,
+        quantize_vision: bool = False,
+        veo: VisualEncoderTuning = VisualEncoderTuning(),  # noqa: B008 (frozen)
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -134,10 +148,11 @@ class QVLM(Reconstruction):
         self.shrinks, self.percentiles = tuple(shrinks), tuple(percentiles)
         self.range_tokens, self.rounding, self.steps = range_tokens, rounding, steps
         self.lr, self.range_lr, self.rounding_weight = lr, range_lr, rounding_weight
-        self.image_weight = image_weight
+        self.image_weight, self.quantize_vision, self.veo = image_weight, quantize_vision, veo
         self._check_numbers()
         self._sites = ActivationSites(self._shares, percentiles=grid == "percentile", power=NORM)
         self._prefixes: Prefixes | None = None
+        self._encoder: VisualEncoderStage | None = None
         self._power = self._token_power = 1.0
 
     def check(self) -> None:
@@ -149,23 +164,134 @@ class QVLM(Reconstruction):
                 "model.grid is percentile, but ranges of tokens are taken at run time and have no "
                 "percentiles. Set model.grid: shrink, or model.activation.strategy: channel."
             )
-        if self.image_weight != 1 and not isinstance(self.adapter, SeesPictures):
-            raise CapabilityMissing(
-                f"model.image_weight is {self.image_weight}, but {type(self.adapter).__name__} "
-                "does not say which tokens are a picture's. Implement "
-                f"{', '.join(missing_attributes(self.adapter, SeesPictures))}, or set it to 1."
+        if self.image_weight != 1:
+            setting = f"model.image_weight is {self.image_weight}"
+            vision.sees_pictures(self.adapter, setting, "set it to 1")
+        if self.quantize_vision or self.veo.enabled:
+            self._check_vision()
+
+    def _check_vision(self) -> None:
+        asked = "quantize_vision" if self.quantize_vision else "veo.enabled"
+        adapter = vision.sees_pictures(self.adapter, f"model.{asked} is true", "set it to false")
+        if self.quantize_vision:
+            empty = self.adapter.empty_network()
+            for name in (name for names in vision.full_groups(adapter) for name in names):
+                check_group_size(linear(empty, name).in_features, self.weight)
+        there = {
+            "act_ranges": self.quantize_vision and self.activation is not None,
+            "norms": bool(adapter.vision_norms()),
+            "weight_scales": self.quantize_vision,
+            "weights": True,
+        }
+        if self.veo.enabled and not any(there[part] for part in self.veo.params):
+            raise ConfigError(
+                f"model.veo is to tune {', '.join(self.veo.params)}, and the visual encoder has "
+                f"none: model.quantize_vision is {str(self.quantize_vision).lower()}, and it has "
+                f"{len(adapter.vision_norms())} norms. Set quantize_vision: true, or add norms or "
+                "weights to veo.params."
             )
+
+    # The visual encoder: eqs 8-10 -----------------------------------------------------------------
+
+    @property
+    def vision_activation(self) -> QuantSpec | None:
+        """The bits of all activations, each token on its own range."""
+        spec = self.activation
+        if spec is None or spec.strategy == "token":
+            return spec
+        return QuantSpec(
+            num_bits=spec.num_bits,
+            strategy="token",
+            dynamic=True,
+            scale_denominator=spec.scale_denominator,
+        )
+
+    @property
+    def encoder_epoch(self) -> int:
+        """Steps of a pass over the calibration set, in the visual encoder's stage."""
+        return max(self.sample_count // self.batch_size, 1)
+
+    def open_vision(self, groups: list[LayerGroup], record: UnitRecord) -> dict[str, QuantLinear]:
+        """Layers of the visual encoder, as `open_unit`, with what is to be tuned of them."""
+        tuned = self.veo.params if self.veo.enabled else ()
+        sites = ActivationSites(self.shrinks, percentiles=False, power=NORM)
+        spec = self.vision_activation
+        layers: dict[str, QuantLinear] = {}
+        for group in groups:
+            made: TokenRange | StaticRange | None = None
+            if spec is not None:
+                site = sites.add(group, record, spec)
+                bounds = CHANGE if "act_ranges" in tuned else None
+                made = site.restart(sites.initial([group.name])[0], bounds)
+            layers |= self._layers(
+                group,
+                spec,
+                made,
+                lambda weight, scale: OffsetRounding(
+                    weight,
+                    scale,
+                    self.weight,
+                    bounds=CHANGE if "weight_scales" in tuned else None,
+                    learn_offset=False,
+                ),
+            )
+        if "weights" in tuned:
+            for layer in layers.values():
+                assert layer.teacher_weight is not None
+                layer.teacher_weight = nn.Parameter(layer.teacher_weight.float().clone())
+        return layers
+
+    def preparation_groups(self) -> list[dict[str, Any]]:
+        """Of the visual encoder, while it is tuned."""
+        if self._encoder is None or not self.veo.enabled:
+            return []
+        rates = {"encoder": self.veo.lr, "encoder weights": self.veo.weight_lr}
+        return [
+            {"name": name, "params": parameters, "lr": rates[name], "schedule": _cosine}
+            for name, parameters in self._encoder.parts.items()
+            if parameters
+        ]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Lightning: before each step; the visual encoder's stage looks at where it stands."""
+        if self._encoder is not None and self.veo.enabled and self.stage_state is not None:
+            found = self._encoder.begin(batch_idx, self.stage_state)
+            self.log_dict({f"recon/{name}": v for name, v in found.items()}, batch_size=1)
+
+    def preparation_loss(self, sample: int, step: int) -> dict[str, Tensor]:
+        """Eq. 10 of one sample."""
+        assert self._encoder is not None
+        assert self.stage_state is not None
+        return self._encoder.terms(sample, step, self.stage_state)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Lightning: as the trainer says, and within `veo.clip` for the visual encoder."""
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if self._encoder is not None:
+            nn.utils.clip_grad_norm_(self._trained, self.veo.clip)
 
     # Dependency of neighbours: eqs 4-6 ------------------------------------------------------------
 
     def preparation(self) -> list[Stage]:
-        """One step per pair of neighbours, unless nothing asks for their dependency."""
+        """The visual encoder's, if it is touched; then one step per pair of neighbours.
+
+        The latter unless nothing asks for their dependency.
+        """
         pairs = len(self.adapter.block_names) - 1
         wanted = self.partition_by in ("entropy", "dp") or self.audited > 0
-        return [Stage("dependency", pairs)] if wanted and pairs else []
+        survey = [Stage("dependency", pairs)] if wanted and pairs else []
+        steps = self.veo.epochs * self.encoder_epoch if self.veo.enabled else 1
+        seen = self.quantize_vision or self.veo.enabled
+        return [*([Stage(vision.STAGE, steps)] if seen else []), *survey]
 
     @property
-    def _levels(self) -> int:
+    def levels(self) -> int:
+        """M: rounding points that hidden states are assigned to."""
         bits = self.activation.num_bits if self.activation else MAX_LEVELS
         return int(2 ** min(bits, MAX_LEVELS))
 
@@ -186,7 +312,7 @@ class QVLM(Reconstruction):
                 state[name][pair] = value
         else:
             self.frontier.record(walk.blocks_of(self, unit), inner=True)
-        table = pair_histogram(self, self._levels, NORM, literal=self.eq5_literal)
+        table = pair_histogram(self, self.levels, NORM, literal=self.eq5_literal)
         state["histogram"][pair] = table
         return {"dependency": float(conditional_entropy(table.sum(0)))}
 
@@ -267,22 +393,33 @@ class QVLM(Reconstruction):
 
     def open_unit(self, unit: OpenUnit) -> dict[str, QuantLinear]:
         """Layers rounded to nearest on step sizes of least square error; one range per input."""
-        layers = {}
+        layers: dict[str, QuantLinear] = {}
         for group in unit.groups:
             spec = self.activation_spec(group.role)
             made = None if spec is None else self._sites.add(group, unit.record, spec).range
-            token = made if isinstance(made, TokenRange) else None
-            fixed = InputTransform(None, static=made) if isinstance(made, StaticRange) else None
-            for name, module in group.linears.items():
-                weight = module.weight.float()
-                layers[name] = QuantLinear(
-                    module,
-                    self.weight,
-                    spec,
-                    transform=fixed,
-                    rounding=self._nearest(weight, self._scale(weight)),
-                    activation_range=token,
-                )
+            layers |= self._layers(group, spec, made, self._nearest)
+        return layers
+
+    def _layers(
+        self,
+        group: LayerGroup,
+        spec: QuantSpec | None,
+        made: TokenRange | StaticRange | None,
+        rounding: MakeRounding,
+    ) -> dict[str, QuantLinear]:
+        token = made if isinstance(made, TokenRange) else None
+        fixed = InputTransform(None, static=made) if isinstance(made, StaticRange) else None
+        layers = {}
+        for name, module in group.linears.items():
+            weight = module.weight.float()
+            layers[name] = QuantLinear(
+                module,
+                self.weight,
+                spec,
+                transform=fixed,
+                rounding=rounding(weight, self._scale(weight)),
+                activation_range=token,
+            )
         return layers
 
     def _scale(self, weight: Tensor) -> Tensor:
@@ -318,9 +455,12 @@ class QVLM(Reconstruction):
 
     def open_stage(self, stage: Stage) -> dict[str, Tensor]:
         """See `Reconstruction.open_stage`."""
+        if stage.name == vision.STAGE:
+            self._encoder = VisualEncoderStage(self, NORM)
+            return self._encoder.state()
         if stage.name == "dependency":
             unknown = torch.full((stage.steps,), torch.inf, dtype=torch.float64)
-            tables = torch.zeros(stage.steps, 2, self._levels, self._levels, dtype=torch.float64)
+            tables = torch.zeros(stage.steps, 2, self.levels, self.levels, dtype=torch.float64)
             return {"histogram": tables, "quant_error": unknown, "ded": unknown.clone()}
         assert self.opened is not None
         if stage.name == "search":
@@ -330,8 +470,10 @@ class QVLM(Reconstruction):
         return self._open_rounding(self.opened) if stage.name == "rounding" else {}
 
     def search_step(self, stage: Stage, step: int) -> dict[str, float]:
-        """A pair of neighbours, or one evaluation of the joint search."""
+        """A pair of neighbours, or one evaluation of the joint search, or the encoder's error."""
         assert self.stage_state is not None
+        if self._encoder is not None:
+            return self._encoder.measure(self.stage_state)
         if stage.name == "dependency":
             return self.survey(step, self.stage_state)
         if stage.name == "search":
@@ -342,7 +484,10 @@ class QVLM(Reconstruction):
     def close_stage(self, stage: Stage) -> None:
         """See `Reconstruction.close_stage`."""
         assert self.stage_state is not None
-        if stage.name == "dependency":
+        if self._encoder is not None:
+            self.findings[vision.STAGE] = self._encoder.close(self.stage_state)
+            self._encoder = None
+        elif stage.name == "dependency":
             self._conclude_survey(self.stage_state)
         elif self.opened is not None and stage.name == "search":
             self._conclude_search(self.opened, self.stage_state)
@@ -416,7 +561,7 @@ class QVLM(Reconstruction):
         self._sites.place(unit, self.findings.get("candidates", {}), None)
 
     @staticmethod
-    def _round(unit: OpenUnit, rounding: Callable[[Tensor, Tensor], Rounding]) -> None:
+    def _round(unit: OpenUnit, rounding: MakeRounding) -> None:
         for layer in unit.layers.values():
             assert isinstance(layer.rounding, OffsetRounding | AdaptiveRounding)
             layer.rounding = rounding(layer.transformed_weight(), layer.rounding.step)
