@@ -17,6 +17,7 @@ objective never rises: warm start, joint search, learned rounding.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -31,6 +32,7 @@ from recon.calibration.statistics import UnitRecord
 from recon.engine import keep_best, vision, walk
 from recon.engine.activation_sites import ActivationSites
 from recon.engine.assembly import linear
+from recon.engine.modality import image_weights
 from recon.engine.pairs import pair_histogram
 from recon.engine.prefixes import Prefixes, target_power, unit_error
 from recon.engine.reconstruction import Reconstruction
@@ -44,7 +46,8 @@ from recon.layers.transform import InputTransform
 from recon.losses.reconstruction import error_and_power
 from recon.methods.visual_encoder import VisualEncoderStage, VisualEncoderTuning
 from recon.models.adapter import SeesPictures
-from recon.quantizers.affine import absmax_scale, check_group_size, weight_range
+from recon.quantizers.affine import absmax_scale, check_group_size, dequantize, weight_range
+from recon.quantizers.gptq import gptq_codes
 from recon.quantizers.ranges import mse_clip_ratio
 from recon.quantizers.spec import QuantSpec, Strategy
 
@@ -95,14 +98,16 @@ class QVLM(Reconstruction):
         shrinks: Candidates of `shrink`, widest first.
         percentiles: Candidates of `percentile`, widest first.
         range_tokens: Tokens of each sample that fixed and initial ranges are taken from.
-        rounding: What is learned behind the search: `signround` (an offset of each weight, in
-            [-0.5, 0.5]), `adaround` (up or down), each with ranges; `none`: nothing (the paper).
+        rounding: What is done to weights behind the search: `signround` learns an offset of each,
+            in [-0.5, 0.5], `adaround` up or down, each with ranges; `gptq` passes errors on from
+            column to column; `none`: nothing (the paper).
         steps: Optimizer steps of the learning stage.
         lr: Of the rounding; null: 1 / steps, falling linearly to 0 (signround), or 1e-3, constant
             (adaround).
         range_lr: Of the logarithms of activation ranges and weight step sizes (Adam, cosine to 0).
         rounding_weight: Of adaround's regulariser, beside BRECQ's loss. Source: 0.01.
-        image_weight: ω of a picture's tokens in the block objective; those of text have 1.
+        image_weight: ω of a picture's tokens in the block objective; those of text have 1. `mbq`:
+            by the share of the answer's gradient that reaches them (`engine.modality`).
         quantize_vision: Whether the linears of the visual encoder are quantised, their inputs per
             token (Source: Q-VLM, after Outlier Suppression). The paper does; ours leaves it out,
             because nothing learns the encoder's rounding.
@@ -130,12 +135,12 @@ class QVLM(Reconstruction):
         shrinks: tuple[float, ...] = SHRINKS,
         percentiles: tuple[float, ...] = PERCENTILES,
         range_tokens: int = 64,
-        rounding: Literal["signround", "adaround", "none"] = "signround",
+        rounding: Literal["signround", "adaround", "gptq", "none"] = "signround",
         steps: int = 200,
         lr: float | None = None,
         range_lr: float = 1e-3,
         rounding_weight: float = 0.01,
-        image_weight: float = 1.0,
+        image_weight: float | Literal["mbq"] = 1.0,
         quantize_vision: bool = False,
         veo: VisualEncoderTuning = VisualEncoderTuning(),  # noqa: B008 (frozen)
         **kwargs: Any,
@@ -278,16 +283,17 @@ class QVLM(Reconstruction):
     # Dependency of neighbours: eqs 4-6 ------------------------------------------------------------
 
     def preparation(self) -> list[Stage]:
-        """The visual encoder's, if it is touched; then one step per pair of neighbours.
+        """The visual encoder's, if it is touched; ω; then one step per pair of neighbours.
 
-        The latter unless nothing asks for their dependency.
+        The last unless nothing asks for their dependency.
         """
         pairs = len(self.adapter.block_names) - 1
         wanted = self.partition_by in ("entropy", "dp") or self.audited > 0
         survey = [Stage("dependency", pairs)] if wanted and pairs else []
+        weights = [Stage("image_weights", 1)] if self.image_weight == "mbq" else []
         steps = self.veo.epochs * self.encoder_epoch if self.veo.enabled else 1
         seen = self.quantize_vision or self.veo.enabled
-        return [*([Stage(vision.STAGE, steps)] if seen else []), *survey]
+        return [*([Stage(vision.STAGE, steps)] if seen else []), *weights, *survey]
 
     @property
     def levels(self) -> int:
@@ -449,7 +455,7 @@ class QVLM(Reconstruction):
     def unit_stages(self, unit: Unit) -> list[Stage]:
         """A search of its ranges, if it has any, then learning, if it is asked for."""
         stages = [Stage("search", self._plan(unit).steps)] if any(self._sites_of(unit)) else []
-        if self.rounding != "none":
+        if self.rounding in ("signround", "adaround"):
             stages.append(Stage("rounding", self.steps))
         return stages or [Stage("nearest", 1)]
 
@@ -458,6 +464,8 @@ class QVLM(Reconstruction):
         if stage.name == vision.STAGE:
             self._encoder = VisualEncoderStage(self, NORM)
             return self._encoder.state()
+        if stage.name == "image_weights":
+            return {"weights": torch.zeros(len(self.adapter.block_names))}
         if stage.name == "dependency":
             unknown = torch.full((stage.steps,), torch.inf, dtype=torch.float64)
             tables = torch.zeros(stage.steps, 2, self.levels, self.levels, dtype=torch.float64)
@@ -470,10 +478,13 @@ class QVLM(Reconstruction):
         return self._open_rounding(self.opened) if stage.name == "rounding" else {}
 
     def search_step(self, stage: Stage, step: int) -> dict[str, float]:
-        """A pair of neighbours, or one evaluation of the joint search, or the encoder's error."""
+        """One evaluation of the joint search, or of what comes before there are units."""
         assert self.stage_state is not None
         if self._encoder is not None:
             return self._encoder.measure(self.stage_state)
+        if stage.name == "image_weights":
+            weights = self.stage_state["weights"].copy_(image_weights(self))
+            return {"image_weight": float(weights.mean())}
         if stage.name == "dependency":
             return self.survey(step, self.stage_state)
         if stage.name == "search":
@@ -487,6 +498,9 @@ class QVLM(Reconstruction):
         if self._encoder is not None:
             self.findings[vision.STAGE] = self._encoder.close(self.stage_state)
             self._encoder = None
+        elif stage.name == "image_weights":
+            found = self.stage_state["weights"].tolist()
+            self.findings[stage.name] = dict(zip(self.adapter.block_names, found, strict=True))
         elif stage.name == "dependency":
             self._conclude_survey(self.stage_state)
         elif self.opened is not None and stage.name == "search":
@@ -540,20 +554,30 @@ class QVLM(Reconstruction):
             unit.student_blocks,
             stream,
             lambda layer, setting: self._sites.select(sites[layer], setting),
-            self.token_weights,
+            partial(self.token_weights, unit=unit.unit),
         )
 
     @property
     def _stream(self) -> str:
         return "teacher" if self.inputs == "full_precision" else "student"
 
-    def token_weights(self, sample: int) -> Tensor | None:
-        """ω of a sample's tokens, [batch, tokens]; None: 1."""
-        if self.image_weight == 1:
+    def token_weights(self, sample: int, unit: Unit | None = None) -> Tensor | None:
+        """ω of a sample's tokens, [batch, tokens], in a unit's objective; None: 1.
+
+        Args:
+            sample: Its index.
+            unit: None: the open one.
+        """
+        weight = self.image_weight
+        if weight == 1:
             return None
+        if weight == "mbq":
+            assert unit is not None or self.opened is not None
+            blocks = (unit or self.opened.unit).blocks  # type: ignore[union-attr]
+            weight = self.findings["image_weights"][blocks[-1]]
         assert isinstance(self.adapter, SeesPictures)
         image = self.adapter.image_tokens(self.frontier.sample(sample)).to(self.run_device)
-        return torch.where(image, self.image_weight, 1.0)
+        return torch.where(image, weight, 1.0)
 
     def _rest(self, unit: OpenUnit) -> None:
         """Nothing learns: weights rounded to nearest, ranges as the search left them."""
@@ -567,12 +591,46 @@ class QVLM(Reconstruction):
             layer.rounding = rounding(layer.transformed_weight(), layer.rounding.step)
             layer.resident_weight = None
 
+    # GPTQ behind the search: ours -----------------------------------------------------------------
+
+    @property
+    def wants_gram(self) -> bool:
+        """The teacher's Hessian comes with the pass that records targets."""
+        return self.rounding == "gptq" and self.inputs == "full_precision"
+
+    def close_unit(self, unit: OpenUnit) -> None:
+        """Codes as they are rounded; with `gptq` its own, if the block objective is not worse."""
+        codes = self._gptq(unit) if self.rounding == "gptq" else {}
+        for name, layer in unit.layers.items():
+            weight = layer.fold()
+            assert layer.rounding is not None
+            rounded, scale = layer.rounding.close(weight)
+            layer.close(codes.get(name, rounded), scale)
+
+    @torch.no_grad()
+    def _gptq(self, unit: OpenUnit) -> dict[str, Tensor]:
+        """GPTQ's codes of each layer on the step sizes it has; none where they are refused."""
+        before = self._objective(unit)
+        record = unit.record if self.wants_gram else walk.record_student(self, unit)
+        found = {}
+        for group in unit.groups:
+            for name in group.linears:
+                layer = unit.layers[name]
+                weight = layer.transformed_weight()
+                assert layer.rounding is not None
+                scale = layer.rounding.scale(weight)
+                found[name] = gptq_codes(weight, record.gram[group.name], scale, self.weight)
+                layer.resident_weight = dequantize(found[name], scale, self.weight)
+        after = unit_error(self.frontier, unit.student_blocks, self._stream, self.token_weights)
+        for layer in unit.layers.values():
+            layer.resident_weight = None
+        self._note(unit, before, after, "GPTQ")
+        return found if after <= before else {}
+
     # Learned rounding and ranges on the same objective: ours --------------------------------------
 
     def _open_rounding(self, unit: OpenUnit) -> dict[str, Tensor]:
-        if "block_error_joint" not in unit.results:  # there was no range to search
-            error = unit_error(self.frontier, unit.student_blocks, self._stream, self.token_weights)
-            unit.results["block_error_joint"] = error
+        self._objective(unit)
         self._round(unit, self._learned_rounding)
         self._sites.place(unit, self.findings.get("candidates", {}), CHANGE)
         power, tokens = target_power(self.frontier, self.token_weights)
@@ -630,11 +688,23 @@ class QVLM(Reconstruction):
             lambda: keep_best.hard_error(self.frontier, unit, self._stream, self.token_weights),
         )
         if after > before:
-            rank_zero_info(
-                f"Unit {unit.unit.name}: learned rounding left the block error at {after:.3e}, "
-                f"above the {before:.3e} of the search; the search is kept."
-            )
             self._rest(unit)
+        self._note(unit, before, after, "learned rounding")
+
+    def _objective(self, unit: OpenUnit) -> float:
+        """J_B behind the search, or where there was no range to search."""
+        if "block_error_joint" not in unit.results:
+            error = unit_error(self.frontier, unit.student_blocks, self._stream, self.token_weights)
+            unit.results["block_error_joint"] = error
+        return unit.results["block_error_joint"]
+
+    @staticmethod
+    def _note(unit: OpenUnit, before: float, after: float, what: str) -> None:
+        if after > before:
+            rank_zero_info(
+                f"Unit {unit.unit.name}: {what} left the block error at {after:.3e}, above the "
+                f"{before:.3e} of the search; the search is kept."
+            )
         unit.results |= {
             "block_error_learned": after,
             "block_error_final": min(after, before),
@@ -663,7 +733,7 @@ class QVLM(Reconstruction):
             ("range_tokens", self.range_tokens, 1, None),
             ("steps", self.steps, 1, None),
             ("price", self.price, 0, None),
-            ("image_weight", self.image_weight, 0, None),
+            ("image_weight", 1 if self.image_weight == "mbq" else self.image_weight, 0, None),
         )
         for name, value, least, most in limits:
             if value < least or (most is not None and value > most):

@@ -11,6 +11,7 @@ are ours.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +31,7 @@ from recon.calibration.dependency import (
 from recon.engine import keep_best, vision, walk
 from recon.engine.unit import StageState, Unit
 from recon.errors import ConfigError
+from recon.layers.quant_linear import QuantLinear
 from recon.losses.answers import answer_cross_entropy, relative_distance
 from recon.types import State
 
@@ -173,7 +175,7 @@ class VisualEncoderStage:
                 for sample in self._frontier.calibration
             ]
             self._points.append(rounding_points(parts, method.levels, self._power))
-            method.close_unit(opened)
+            _close(opened.layers.values())
             for products in opened.attentions.values():
                 products.fold()
             for layer in opened.layers.values():
@@ -228,7 +230,8 @@ class VisualEncoderStage:
                 *["entropy"] * entropy,
                 *["error"] * (tuning.error_weight > 0),
             ]
-            return {name: torch.zeros((), requires_grad=True) for name in names}
+            zero = torch.zeros((), device=self._device, requires_grad=True)
+            return dict.fromkeys(names, zero)
         seen = self._see(sample)
         terms = {"cross_entropy": self._cross_entropy(sample, seen)}
         if entropy:
@@ -397,10 +400,7 @@ class VisualEncoderStage:
             tuned = tuned if found["accepted"] else {}
         else:
             found["feature_error"] = float(state["feature_error"])
-        for layer in self.layers.values():
-            weight = layer.fold()
-            assert layer.rounding is not None
-            layer.close(*layer.rounding.close(weight))
+        _close(self.layers.values())
         vision.settle(self._method, self.layers, tuned)
         self._frontier.restart()
         return found
@@ -423,6 +423,13 @@ class VisualEncoderStage:
             "after": after,
             "influence": state["influence"].tolist(),
         }
+
+
+def _close(layers: Iterable[QuantLinear]) -> None:
+    for layer in layers:
+        weight = layer.fold()
+        assert layer.rounding is not None
+        layer.close(*layer.rounding.close(weight))
 
 
 def _best(values: list[float]) -> int:
