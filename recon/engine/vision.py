@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from recon.calibration import ranks
 from recon.calibration.statistics import UnitRecord, recorded_inputs
 from recon.engine.assembly import adopted, linear
 from recon.engine.unit import LayerGroup
-from recon.errors import CapabilityMissing
+from recon.errors import CapabilityMissing, ConfigError
 from recon.layers.quant_linear import QuantLinear
 from recon.layers.tree import replace
 from recon.models.adapter import ModelAdapter, SeesPictures, missing_attributes
@@ -124,6 +125,32 @@ def _place(network: nn.Module, name: str, tensor: Tensor) -> None:
 def has_pictures(adapter: SeesPictures, sample: Sample) -> bool:
     """Whether the vision network takes part in a sample."""
     return bool(adapter.image_tokens(sample).any())
+
+
+def refuse_texts(module: "Reconstruction", adapter: SeesPictures, *, held_out: bool) -> None:
+    """Does nothing if there are pictures among the calibration samples of all processes.
+
+    Args:
+        module: Whose samples they are.
+        adapter: Knows a picture.
+        held_out: Whether there must be some among the held-out samples too.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    front = module.frontier
+    counts = [
+        sum(has_pictures(adapter, front.sample(index)) for index in share)
+        for share in (front.calibration, front.held_out)
+    ]
+    learned, judged = ranks.total(torch.tensor(counts, device=front.device)).tolist()
+    if not learned or (held_out and not judged):
+        raise ConfigError(
+            f"{learned} calibration and {judged} held-out samples have pictures; the visual "
+            "encoder is quantised and tuned on the former, and what tuning brings is judged by the "
+            "latter. Add samples with pictures (data.num_samples, data.held_out_samples), or "
+            "switch model.quantize_vision and model.veo off."
+        )
 
 
 def sees_pictures(adapter: ModelAdapter, setting: str, remedy: str) -> SeesPictures:

@@ -10,9 +10,9 @@ The paper in its own order, and where each part stands:
 
 The authors' code does none of this as described (NF4 weights, no block objective, no search), so
 the paper is what is implemented. A layer is a block of the network. Before there are units, one
-stage quantises or tunes the visual encoder, if that is asked for, and one walks over the pairs of
-neighbouring layers; each unit then has a stage that searches and one that learns. The block
-objective never rises: warm start, joint search, learned rounding.
+stage searches the visual encoder's ranges and one tunes it, if that is asked for, and one walks
+over the pairs of neighbouring layers; each unit then has a stage that searches and one that learns.
+The block objective never rises: warm start, joint search, learned rounding.
 """
 
 import math
@@ -44,7 +44,9 @@ from recon.layers.static_range import StaticRange
 from recon.layers.token_range import TokenRange
 from recon.layers.transform import InputTransform
 from recon.losses.reconstruction import error_and_power
+from recon.methods import visual_encoder_search
 from recon.methods.visual_encoder import VisualEncoderStage, VisualEncoderTuning
+from recon.methods.visual_encoder_search import VisualEncoderSearch
 from recon.models.adapter import SeesPictures
 from recon.quantizers.affine import absmax_scale, check_group_size, dequantize, weight_range
 from recon.quantizers.gptq import gptq_codes
@@ -109,8 +111,8 @@ class QVLM(Reconstruction):
         image_weight: ω of a picture's tokens in the block objective; those of text have 1. `mbq`:
             by the share of the answer's gradient that reaches them (`engine.modality`).
         quantize_vision: Whether the linears of the visual encoder are quantised, their inputs per
-            token (Source: Q-VLM, after Outlier Suppression). The paper does; ours leaves it out,
-            because nothing learns the encoder's rounding.
+            token (Source: Q-VLM, after Outlier Suppression), on searched ranges. The paper does;
+            ours leaves it out, because nothing learns the encoder's rounding.
         veo: Tuning of the visual encoder, quantised or not, before anything else.
         **kwargs: Arguments of `Reconstruction`.
 
@@ -157,6 +159,7 @@ class QVLM(Reconstruction):
         self._check_numbers()
         self._sites = ActivationSites(self._shares, percentiles=grid == "percentile", power=NORM)
         self._prefixes: Prefixes | None = None
+        self._encoder_search: VisualEncoderSearch | None = None
         self._encoder: VisualEncoderStage | None = None
         self._power = self._token_power = 1.0
 
@@ -212,22 +215,40 @@ class QVLM(Reconstruction):
         )
 
     @property
+    def _vision_sites(self) -> ActivationSites:
+        return ActivationSites(self.shrinks, percentiles=False, power=NORM)
+
+    @property
     def encoder_epoch(self) -> int:
         """Steps of a pass over the calibration set, in the visual encoder's stage."""
         return max(self.sample_count // self.batch_size, 1)
 
-    def open_vision(self, groups: list[LayerGroup], record: UnitRecord) -> dict[str, QuantLinear]:
-        """Layers of the visual encoder, as `open_unit`, with what is to be tuned of them."""
-        tuned = self.veo.params if self.veo.enabled else ()
-        sites = ActivationSites(self.shrinks, percentiles=False, power=NORM)
+    def open_vision(
+        self,
+        groups: list[LayerGroup],
+        record: UnitRecord,
+        sites: ActivationSites,
+        *,
+        learning: bool = False,
+    ) -> dict[str, QuantLinear]:
+        """Layers of the visual encoder, as `open_unit`, on the ranges that its search chose.
+
+        Args:
+            groups: Its linears.
+            record: Of their inputs.
+            sites: Takes up the ranges.
+            learning: Whether what `veo` names is to learn.
+        """
+        tuned = self.veo.params if learning and self.veo.enabled else ()
+        chosen = self.findings.get(visual_encoder_search.STAGE, {}).get("candidates", {})
         spec = self.vision_activation
         layers: dict[str, QuantLinear] = {}
         for group in groups:
             made: TokenRange | StaticRange | None = None
             if spec is not None:
                 site = sites.add(group, record, spec)
-                bounds = CHANGE if "act_ranges" in tuned else None
-                made = site.restart(sites.initial([group.name])[0], bounds)
+                candidate = chosen.get(group.name, sites.initial([group.name])[0])
+                made = site.restart(candidate, CHANGE if "act_ranges" in tuned else None)
             layers |= self._layers(
                 group,
                 spec,
@@ -293,7 +314,12 @@ class QVLM(Reconstruction):
         weights = [Stage("image_weights", 1)] if self.image_weight == "mbq" else []
         steps = self.veo.epochs * self.encoder_epoch if self.veo.enabled else 1
         seen = self.quantize_vision or self.veo.enabled
-        return [*([Stage(vision.STAGE, steps)] if seen else []), *weights, *survey]
+        search = self.quantize_vision and self.activation is not None
+        encoder = [Stage(vision.STAGE, steps)] if seen else []
+        if search:
+            tries = 1 + visual_encoder_search.plan(self).steps
+            encoder.insert(0, Stage(visual_encoder_search.STAGE, tries))
+        return [*encoder, *weights, *survey]
 
     @property
     def levels(self) -> int:
@@ -462,8 +488,11 @@ class QVLM(Reconstruction):
     def open_stage(self, stage: Stage) -> dict[str, Tensor]:
         """See `Reconstruction.open_stage`."""
         if stage.name == vision.STAGE:
-            self._encoder = VisualEncoderStage(self, NORM)
+            self._encoder = VisualEncoderStage(self, self._vision_sites, NORM)
             return self._encoder.state()
+        if stage.name == visual_encoder_search.STAGE:
+            self._encoder_search = VisualEncoderSearch(self, self._vision_sites)
+            return self._encoder_search.state()
         if stage.name == "image_weights":
             return {"weights": torch.zeros(len(self.adapter.block_names))}
         if stage.name == "dependency":
@@ -480,6 +509,8 @@ class QVLM(Reconstruction):
     def search_step(self, stage: Stage, step: int) -> dict[str, float]:
         """One evaluation of the joint search, or of what comes before there are units."""
         assert self.stage_state is not None
+        if self._encoder_search is not None:
+            return self._encoder_search.step(step, self.stage_state)
         if self._encoder is not None:
             return self._encoder.measure(self.stage_state)
         if stage.name == "image_weights":
@@ -495,7 +526,10 @@ class QVLM(Reconstruction):
     def close_stage(self, stage: Stage) -> None:
         """See `Reconstruction.close_stage`."""
         assert self.stage_state is not None
-        if self._encoder is not None:
+        if self._encoder_search is not None:
+            self.findings[stage.name] = self._encoder_search.conclude(self.stage_state)
+            self._encoder_search = None
+        elif self._encoder is not None:
             self.findings[vision.STAGE] = self._encoder.close(self.stage_state)
             self._encoder = None
         elif stage.name == "image_weights":

@@ -29,6 +29,7 @@ from recon.calibration.dependency import (
     soft_assignment,
 )
 from recon.engine import keep_best, vision, walk
+from recon.engine.activation_sites import ActivationSites
 from recon.engine.unit import StageState, Unit
 from recon.errors import ConfigError
 from recon.layers.quant_linear import QuantLinear
@@ -110,23 +111,24 @@ class VisualEncoderStage:
 
     Args:
         method: Whose streams stand in front of the first block.
+        sites: Makes the ranges.
         power: Of the distance that rounding points minimise.
 
     Raises:
         ConfigError: No sample has a picture to calibrate on, or to judge the tuning by.
     """
 
-    def __init__(self, method: "QVLM", power: float) -> None:
+    def __init__(self, method: "QVLM", sites: ActivationSites, power: float) -> None:
         self._method, self._tuning, self._power = method, method.veo, power
         self._frontier, self._device = method.frontier, method.run_device
         self._adapter = vision.sees_pictures(
             method.adapter, "The visual encoder is to be quantised or tuned", "leave it as it is"
         )
-        self._refuse_texts()
+        vision.refuse_texts(method, self._adapter, held_out=self._tuning.enabled)
         self._teacher = vision.VisionNetwork(self._adapter, self._device)
         groups = self._teacher.groups() if method.quantize_vision else []
         record = self._teacher.record(method, groups)
-        self.layers = method.open_vision(groups, record)
+        self.layers = method.open_vision(groups, record, sites, learning=True)
         for name, layer in self.layers.items():
             method.quantizers[name.replace(".", "/")] = layer
         for name, tensor in self._started().items():
@@ -137,18 +139,6 @@ class VisualEncoderStage:
         self._over: bool | None = None
         self._points: list[tuple[float, float]] = []
         self._blocks = self._quantized_blocks() if self._tuning.enabled else []
-
-    def _refuse_texts(self) -> None:
-        shares = (self._frontier.calibration, self._frontier.held_out)
-        counts = [sum(map(self._has_pictures, share)) for share in shares]
-        calibration, held_out = ranks.total(torch.tensor(counts, device=self._device)).tolist()
-        if not calibration or (self._tuning.enabled and not held_out):
-            raise ConfigError(
-                f"{calibration} calibration and {held_out} held-out samples have pictures; the "
-                "visual encoder is quantised and tuned on the former, and what tuning brings is "
-                "judged by the latter. Add samples with pictures (data.num_samples, "
-                "data.held_out_samples), or switch model.quantize_vision and model.veo off."
-            )
 
     def _has_pictures(self, sample: int) -> bool:
         return vision.has_pictures(self._adapter, self._frontier.sample(sample))

@@ -17,8 +17,8 @@ from tests.engine.tiny_run import FixedData, trainer_for
 from tests.methods.q_vlm_run import TOKEN, W4
 from tests.models.tiny_vlm import tiny_vlm_sample
 
-TUNED = VisualEncoderTuning(enabled=True, epochs=3, lr=0.005, weight_lr=1e-3)
-"""A few large steps: two an epoch."""
+TUNED = VisualEncoderTuning(enabled=True, epochs=3, lr=1e-3, weight_lr=1e-4)
+"""Six steps, two an epoch."""
 
 
 def asked(pictures: int, seed: int) -> Sample:
