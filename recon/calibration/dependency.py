@@ -76,7 +76,7 @@ def soft_assignment(
         )
     points = torch.arange(levels, dtype=torch.float64, device=values.device)
     distance = (values.double().unsqueeze(-1) - low) / step - points
-    return torch.softmax(distance.square_().mul_(-step if literal else -1.0), dim=-1)
+    return torch.softmax(distance.square().mul(-step if literal else -1.0), dim=-1)
 
 
 def joint_histogram(first: Tensor, second: Tensor) -> Tensor:
@@ -94,15 +94,21 @@ def joint_histogram(first: Tensor, second: Tensor) -> Tensor:
 def conditional_entropy(table: Tensor) -> Tensor:
     """H(second | first) of joint histograms [..., levels, levels], in nats: [...] in [0, log M].
 
-    A row that nothing was assigned to counts nothing; an empty table gives 0.
+    A row that nothing was assigned to counts nothing; an empty table gives 0. Differentiable, as
+    the assignments are.
 
     Source: Q-VLM, eq. 4.
     """
     total = table.sum((-2, -1), keepdim=True)
     joint = table / torch.where(total > 0, total, 1.0)
     marginal = joint.sum(-1, keepdim=True)  # over the second layer's points
-    # xlogy is 0 where its first argument is, so that empty cells need no care.
-    return (torch.xlogy(joint, marginal) - torch.xlogy(joint, joint)).sum((-2, -1))
+    return (joint * _log(marginal) - joint * _log(joint)).sum((-2, -1))
+
+
+def _log(share: Tensor) -> Tensor:
+    """Logarithm of what is there, 0 of what is not: empty cells have no gradient either."""
+    tiny = torch.finfo(share.dtype).tiny  # 1 / x is finite from here on
+    return torch.where(share >= tiny, share, 1.0).log()
 
 
 def span(dependency: Sequence[float], first: int, last: int) -> float:

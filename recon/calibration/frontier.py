@@ -24,6 +24,8 @@ from recon.types import Sample, State
 
 STREAMS = ("teacher", "student", "nearest")
 
+Embed = Callable[[Sample], State]
+"""What enters the first block, of a sample."""
 Observe = Callable[[int], AbstractContextManager[None]]
 """Gives the context around the teacher's forward of a calibration sample."""
 
@@ -49,6 +51,7 @@ class Frontier:
         held_out: All held-out samples; they are carried along but never trained on.
         store: Keeps the activations.
         device: Where blocks run.
+        embed: Makes what enters the first block; None: the adapter.
     """
 
     def __init__(
@@ -58,8 +61,10 @@ class Frontier:
         held_out: Sequence[Sample],
         store: StreamStore,
         device: torch.device,
+        embed: Embed | None = None,
     ) -> None:
         self._adapter, self._store, self.device = adapter, store, device
+        self._embed = embed or (lambda sample: adapter.embed(sample, device))
         self._samples, self._held_out = samples, held_out
         count = len(samples)
         self.calibration = [i for i in range(count) if self._mine(i)]
@@ -89,7 +94,7 @@ class Frontier:
         restored = boundary > 0 and self._everywhere(self._store.restorable(boundary, STREAMS))
         self.boundary = boundary if restored else 0
         for index in self.calibration + self.held_out:
-            state = self._adapter.embed(self.sample(index), self.device)
+            state = self._embed(self.sample(index))
             streamed = {name: state[name] for name in self._adapter.streamed}
             self._conditioning[index] = {k: v for k, v in state.items() if k not in streamed}
             if restored:

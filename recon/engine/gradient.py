@@ -66,7 +66,7 @@ def hand_out(gradient: Tensor, parameters: Sequence[Tensor]) -> None:
         offset += parameter.numel()
 
 
-def refuse_nan(step: Step, unit: str, number: int) -> None:
+def refuse_nan(step: Step, place: str, number: int) -> None:
     """Does nothing for a finite step.
 
     Raises:
@@ -74,6 +74,6 @@ def refuse_nan(step: Step, unit: str, number: int) -> None:
     """
     if not (step.gradient.isfinite().all() and step.loss.isfinite()):
         raise NumericsError(
-            f"The loss or a gradient of unit {unit} is NaN or Inf at step {number}. The last "
+            f"The loss or a gradient of {place} is NaN or Inf at step {number}. The last "
             "checkpoint is good: lower the learning rates and start anew, or look at the inputs."
         )

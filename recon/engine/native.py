@@ -1,7 +1,8 @@
 """`quantized/`: the lossless form of a result, which loads with neither teacher nor data.
 
 config.json             the network's own configuration
-network.safetensors     every tensor that is not quantised: embedders, norms, biases, head
+network.safetensors     every tensor that is not quantised: embedders, norms, biases, head, as they
+are or as the run tuned them
 quantized.safetensors   per layer `codes` (int32, packed), `scale`, and where there is one
 `activation_clip`; per group of layers that share an input the
 transform's `channel_scale`, `left`, `right`, `rotated_scale` and fixed grid, under its first layer;
@@ -57,11 +58,12 @@ def write_native(module: "Reconstruction", folder: Path) -> None:
     }
     adapter = module.adapter
     shutil.copyfile(adapter.network_folder / "config.json", aside / "config.json")
-    replaced = {f"{name}.weight" for name in layers}
+    tuned = {name: tensor.detach().cpu() for name, tensor in module.tuned_tensors().items()}
+    replaced = {*tuned, *(f"{name}.weight" for name in layers)}
     kept = [name for name in adapter.weights.keys() if name not in replaced]  # noqa: SIM118
     dtype = adapter.weights.dtype()
     rest = adapter.weights.load_names(kept, dtype, "cpu")
-    save_file(rest, aside / "network.safetensors")
+    save_file(rest | tuned, aside / "network.safetensors")
     tensors, owners = _tensors(layers)
     attentions = {
         name.replace("/", "."): part

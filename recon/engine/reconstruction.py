@@ -24,12 +24,13 @@ from recon.engine.placement import needed_bytes, stream_store
 from recon.engine.result import network_error
 from recon.engine.settings import refuse_unsafe_trainer
 from recon.engine.unit import OpenUnit, Stage, StageState, Unit
+from recon.engine.vision import VisionNetwork
 from recon.errors import ConfigError
 from recon.layers.quant_attention import QuantAttention
 from recon.layers.quant_linear import QuantLinear
 from recon.models.adapter import ModelAdapter
 from recon.quantizers.spec import MAX_BITS, MIN_BITS, QuantSpec, Strategy
-from recon.types import State
+from recon.types import Sample, State
 
 LOOK_EVERY = 10
 """Steps between two looks at whether an accelerator's loss is finite."""
@@ -41,7 +42,8 @@ DEFAULT_ACTIVATION = QuantSpec(num_bits=6, strategy="token", dynamic=True)
 class Reconstruction(LightningModule):
     """Optimises quantised layers unit by unit against the full-precision teacher.
 
-    Only quantised layers are registered, under `quantizers`; the network stays in the adapter.
+    Only quantised layers are registered, under `quantizers`, and what else of the network was
+    changed, under `tuned`; the network stays in the adapter.
     Arguments are kept under their own names: the fingerprint of a run is read from them.
 
     Args:
@@ -68,6 +70,8 @@ class Reconstruction(LightningModule):
 
     activation_strategies: ClassVar[tuple[Strategy, ...]] = ("token",)
     """What may share a range of activations; for others than token the method finds fixed ones."""
+    quantize_vision = False
+    """Whether the method quantises the network that turns pictures into features."""
 
     quantizers: nn.ModuleDict
     frontier: Frontier
@@ -96,6 +100,11 @@ class Reconstruction(LightningModule):
         self.seed, self.memory = seed, memory
         self.threads, self.compile_choice = threads, compile
         self.quantizers = nn.ModuleDict()
+        self.tuned = nn.ParameterDict()
+        """Tensors of the network that a stage before there are units tunes, by full name with
+        slashes for dots."""
+        self.vision: VisionNetwork | None = None
+        """What turns pictures into features from now on; None: the teacher's."""
         self.units: list[Unit] = []
         self.sample_count = 0
         """Calibration samples over all processes."""
@@ -156,9 +165,18 @@ class Reconstruction(LightningModule):
     def preparation(self) -> list[Stage]:
         """Stages before the network is cut into units; default: none.
 
-        Streams stand in front of the first block, no unit is open.
+        Streams stand in front of the first block, no unit is open. What learns in them is what
+        `preparation_groups` says, by `preparation_loss`; without it they are searches.
         """
         return []
+
+    def preparation_groups(self) -> list[dict[str, Any]]:
+        """As `parameter_groups`, for a stage before there are units."""
+        return []
+
+    def preparation_loss(self, sample: int, step: int) -> dict[str, Tensor]:
+        """As `unit_loss`, for a sample in a stage before there are units."""
+        raise NotImplementedError
 
     def partition(self) -> list[Unit]:
         """The units, first to last, once `preparation` is done; default: one per block."""
@@ -254,6 +272,22 @@ class Reconstruction(LightningModule):
             layer.close(*layer.rounding.close(weight))
 
     # What methods use ---------------------------------------------------------------------------
+
+    @property
+    def vision_activation(self) -> QuantSpec | None:
+        """Grid of the inputs of linears in the vision network, where it is quantised."""
+        return self.activation
+
+    def embed(self, sample: Sample) -> State:
+        """The state that enters the first block, in the teacher's stream as in the others."""
+        if self.vision is None:
+            return self.adapter.embed(sample, self.run_device)
+        with torch.no_grad():
+            return self.vision.embed(sample)
+
+    def tuned_tensors(self) -> dict[str, Tensor]:
+        """`tuned` by full dotted name."""
+        return {name.replace("/", "."): tensor for name, tensor in self.tuned.items()}
 
     def activation_spec(self, role: str) -> QuantSpec | None:
         """Grid of the input of linears of that role."""
@@ -412,7 +446,7 @@ class Reconstruction(LightningModule):
         mark = resume.digest(self.fingerprint)
         store = stream_store(self.memory, needed, self.run_device, self.root, mark)
         self.frontier = Frontier(
-            self.adapter, chosen.samples, chosen.held_out, store, self.run_device
+            self.adapter, chosen.samples, chosen.held_out, store, self.run_device, self.embed
         )
         self.compiled = walk.compiles(self)
         if self.compiled:
@@ -441,7 +475,8 @@ class Reconstruction(LightningModule):
         if self.stage_state is None:  # a fresh start; a resumed run has opened its stage already
             walk.start_streams(self)
             walk.open_stage(self)
-        groups = [] if self.opened is None else self.parameter_groups(self.opened)
+        unit = self.opened
+        groups = self.preparation_groups() if unit is None else self.parameter_groups(unit)
         self._trained = [p for group in groups for p in group["params"]]
         if not groups:
             return None
@@ -510,37 +545,44 @@ class Reconstruction(LightningModule):
                 found = self.search_step(self.stage, batch_idx)
             self.log_dict({f"recon/{name}": value for name, value in found.items()}, batch_size=1)
             return torch.zeros((), device=self.device, requires_grad=True)
-        assert self.opened is not None
         total: Step | None = None
         for samples in dealt(batch, self.micro_batch):
-            state = stage_data.joined(
-                [stage_data.input_state(self, sample, batch_idx) for sample in samples]
-            )
-            student = self._run_learning(
-                self.adapter, self.opened.student_blocks, self.opened.transforms, state
-            )
-            parts = self.adapter.tokens(student).chunk(len(samples))
-            terms = added(
-                self.unit_loss(tokens, self.frontier.target(sample), sample)
-                for tokens, sample in zip(parts, samples, strict=True)
-            )
-            step = flat_gradient(terms, self._trained)
+            step = flat_gradient(self._terms(samples, batch_idx), self._trained)
             total = step if total is None else total.add(step)
         assert total is not None
         mean = averaged(total, self.batch_size)
-        extra = self.regularizer(self.opened, batch_idx / self.stage.steps)
+        unit = self.opened
+        extra = {} if unit is None else self.regularizer(unit, batch_idx / self.stage.steps)
         if extra:
             mean = mean.with_terms(flat_gradient(extra, self._trained))
         loss = mean.loss
         # Asking costs a device synchronisation, so accelerators are asked only when they log.
         if self.run_device.type == "cpu" or batch_idx % LOOK_EVERY == 0:
-            refuse_nan(mean, self.opened.unit.name, batch_idx)
+            place = f"stage {self.stage.name}" if unit is None else f"unit {unit.unit.name}"
+            refuse_nan(mean, place, batch_idx)
         self._gradient = mean.gradient
-        self.opened.note_loss(loss)
+        if unit is not None:
+            unit.note_loss(loss)
         self.on_loss(loss.detach())
         named = {f"recon/{name}": value for name, value in mean.terms.items()}
         self.log_dict({"recon/loss": loss, **named}, batch_size=self.batch_size)
         return loss
+
+    def _terms(self, samples: list[int], step: int) -> dict[str, Tensor]:
+        """Terms of the loss of one micro-batch, added up over its samples."""
+        if self.opened is None:
+            return added(self.preparation_loss(sample, step) for sample in samples)
+        state = stage_data.joined(
+            [stage_data.input_state(self, sample, step) for sample in samples]
+        )
+        student = self._run_learning(
+            self.adapter, self.opened.student_blocks, self.opened.transforms, state
+        )
+        parts = self.adapter.tokens(student).chunk(len(samples))
+        return added(
+            self.unit_loss(tokens, self.frontier.target(sample), sample)
+            for tokens, sample in zip(parts, samples, strict=True)
+        )
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Hands the averaged gradient of `training_step` to the parameters."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import recon
 from recon.calibration.frontier import BlockForwards
-from recon.engine import walk
+from recon.engine import vision, walk
 from recon.engine.assembly import adopted
 from recon.engine.attention import adopted_attentions
 from recon.engine.fingerprint import refuse_difference, settings
@@ -21,7 +21,7 @@ from recon.quantizers.spec import QuantSpec
 if TYPE_CHECKING:
     from recon.engine.reconstruction import Reconstruction
 
-PREFIX = "quantizers."
+PREFIX, TUNED = "quantizers.", "tuned."
 
 
 def fingerprint(module: "Reconstruction", calibration: str) -> dict[str, Any]:
@@ -133,12 +133,16 @@ def refuse_unclosed(checkpoint: dict[str, Any]) -> None:
 
 
 def _adopt_closed(module: "Reconstruction", state: dict[str, Tensor]) -> None:
-    tensors = {
-        key.removeprefix(PREFIX).replace("/", "."): tensor
-        for key, tensor in state.items()
-        if key.startswith(PREFIX)
-    }
+    tensors, tuned = (
+        {
+            k.removeprefix(start).replace("/", "."): t
+            for k, t in state.items()
+            if k.startswith(start)
+        }
+        for start in (PREFIX, TUNED)
+    )
     adapter = module.adapter
+    vision.adopt(module, tensors, tuned)
     for unit in module.units[: module.index]:
         for block in unit.blocks:
             shapes = adapter.linear_shapes(block)

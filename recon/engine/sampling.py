@@ -12,10 +12,12 @@ from recon.engine import attention
 from recon.engine.assembly import layer_groups, linear, nearest_layers
 from recon.engine.baselines import Baselines
 from recon.engine.data import CalibrationData
-from recon.engine.unit import Unit
+from recon.engine.unit import LayerGroup, Unit
+from recon.engine.vision import full_groups
 from recon.layers.quant_attention import QuantAttention
 from recon.layers.quant_linear import QuantLinear
 from recon.layers.tree import replace
+from recon.models.adapter import SeesPictures
 
 if TYPE_CHECKING:
     from recon.engine.reconstruction import Reconstruction
@@ -69,6 +71,9 @@ def network(module: "Reconstruction", form: Form, device: torch.device) -> nn.Mo
             for name, layer in module.quantizers.items()
             if isinstance(layer, QuantLinear) and layer.closed
         }
+        if module.vision is not None:
+            _, unknown = whole.load_state_dict(module.tuned_tensors(), strict=False)
+            assert not unknown, unknown
     elif form == "round_to_nearest":
         layers = _nearest(module, whole)
     else:
@@ -96,5 +101,12 @@ def _nearest(module: "Reconstruction", whole: nn.Module) -> dict[str, QuantLinea
         unit, blocks = Unit(name, (name,)), [whole.get_submodule(name)]
         groups = layer_groups(module.adapter, unit, blocks, skip_roles=module.skip_roles)
         activation = {group.name: module.activation_spec(group.role) for group in groups}
+        layers |= nearest_layers(groups, module.weight, activation)
+    if module.quantize_vision and isinstance(module.adapter, SeesPictures):
+        groups = [
+            LayerGroup(names[0], "vision", {name: linear(whole, name) for name in names})
+            for names in full_groups(module.adapter)
+        ]
+        activation = {group.name: module.vision_activation for group in groups}
         layers |= nearest_layers(groups, module.weight, activation)
     return layers

@@ -129,13 +129,15 @@ class OffsetRounding(nn.Module):
     """Round-to-nearest of W / s + V, with V in [-0.5, 0.5] and s = exp(θ) s0.
 
     Without learning V and θ are zero: round-to-nearest on the given step sizes. The weight is
-    rounded while it is learned, so closing changes no value.
+    rounded while it is learned, so closing changes no value. A weight that itself learns gets the
+    gradient of the rounded one.
 
     Args:
         weight: The weight to be rounded, [out, channels].
         scale: Its step sizes s0.
         spec: Its grid.
         bounds: Of θ; None: nothing is learned.
+        learn_offset: Whether V is learned beside θ.
 
     Source: AutoRound (arXiv 2309.05516), SignRound; θ from Q-VLM's specification.
     """
@@ -149,12 +151,13 @@ class OffsetRounding(nn.Module):
         spec: QuantSpec,
         *,
         bounds: tuple[float, float] | None = None,
+        learn_offset: bool = True,
     ) -> None:
         super().__init__()
         self.spec, self._bounds = spec, bounds
         self.register_buffer("step", scale.clone())
         learn = bounds is not None
-        self.offset = nn.Parameter(torch.zeros_like(weight)) if learn else None
+        self.offset = nn.Parameter(torch.zeros_like(weight)) if learn and learn_offset else None
         self.log_factor = nn.Parameter(torch.zeros_like(scale)) if learn else None
 
     def scale(self, weight: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 The paper in its own order, and where each part stands:
 
+    visual encoder               eqs 8-10   `open_vision`; `recon.methods.visual_encoder`
     cross-layer dependency       eqs 4-6    `survey`; `recon.calibration.dependency`
     block partition              eq. 7      `partition`; `recon.calibration.partition`
     joint search of clip ranges  eqs 2, 3   `search_step`; `recon.calibration.search`
@@ -9,39 +10,48 @@ The paper in its own order, and where each part stands:
 
 The authors' code does none of this as described (NF4 weights, no block objective, no search), so
 the paper is what is implemented. A layer is a block of the network. Before there are units, one
-stage walks over the pairs of neighbouring layers; each unit then has a stage that searches and one
-that learns. The block objective never rises: warm start, joint search, learned rounding.
+stage searches the visual encoder's ranges and one tunes it, if that is asked for, and one walks
+over the pairs of neighbouring layers; each unit then has a stage that searches and one that learns.
+The block objective never rises: warm start, joint search, learned rounding.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
 from recon.calibration.dependency import conditional_entropy
 from recon.calibration.partition import fixed_partition, greedy_partition, optimal_partition
 from recon.calibration.search import CoordinateSearch, ProductSearch, SearchPlan
 from recon.calibration.selection import rank_correlation
-from recon.engine import keep_best, walk
+from recon.calibration.statistics import UnitRecord
+from recon.engine import keep_best, vision, walk
 from recon.engine.activation_sites import ActivationSites
+from recon.engine.assembly import linear
+from recon.engine.modality import image_weights
 from recon.engine.pairs import pair_histogram
 from recon.engine.prefixes import Prefixes, target_power, unit_error
 from recon.engine.reconstruction import Reconstruction
-from recon.engine.unit import OpenUnit, Stage, StageState, Unit
-from recon.errors import CapabilityMissing, ConfigError
+from recon.engine.unit import LayerGroup, OpenUnit, Stage, StageState, Unit
+from recon.errors import ConfigError
 from recon.layers.quant_linear import QuantLinear
 from recon.layers.rounding import AdaptiveRounding, OffsetRounding, Rounding, rounding_penalty
 from recon.layers.static_range import StaticRange
 from recon.layers.token_range import TokenRange
 from recon.layers.transform import InputTransform
 from recon.losses.reconstruction import error_and_power
-from recon.models.adapter import SeesPictures, missing_attributes
-from recon.quantizers.affine import absmax_scale, weight_range
+from recon.methods import visual_encoder_search
+from recon.methods.visual_encoder import VisualEncoderStage, VisualEncoderTuning
+from recon.methods.visual_encoder_search import VisualEncoderSearch
+from recon.models.adapter import SeesPictures
+from recon.quantizers.affine import absmax_scale, check_group_size, dequantize, weight_range
+from recon.quantizers.gptq import gptq_codes
 from recon.quantizers.ranges import mse_clip_ratio
-from recon.quantizers.spec import Strategy
+from recon.quantizers.spec import QuantSpec, Strategy
 
 LARGEST = 3
 """Layers of a block, at most. Source: Q-VLM, figure 3a."""
@@ -60,6 +70,9 @@ CHANGE = (math.log(0.25), math.log(1.5))
 
 MAX_LEVELS = 6
 """Bits of the points hidden states are assigned to, at most: the table has 4^bits numbers."""
+
+MakeRounding = Callable[[Tensor, Tensor], Rounding]
+"""Of a weight and its step sizes."""
 
 SIGN = {"betas": (0.0, 0.0), "eps": 1e-20}
 """Adam without memory is g / |g|: SignSGD. The square of 1e-20 is zero, and 0 / eps no step."""
@@ -87,14 +100,20 @@ class QVLM(Reconstruction):
         shrinks: Candidates of `shrink`, widest first.
         percentiles: Candidates of `percentile`, widest first.
         range_tokens: Tokens of each sample that fixed and initial ranges are taken from.
-        rounding: What is learned behind the search: `signround` (an offset of each weight, in
-            [-0.5, 0.5]), `adaround` (up or down), each with ranges; `none`: nothing (the paper).
+        rounding: What is done to weights behind the search: `signround` learns an offset of each,
+            in [-0.5, 0.5], `adaround` up or down, each with ranges; `gptq` passes errors on from
+            column to column; `none`: nothing (the paper).
         steps: Optimizer steps of the learning stage.
         lr: Of the rounding; null: 1 / steps, falling linearly to 0 (signround), or 1e-3, constant
             (adaround).
         range_lr: Of the logarithms of activation ranges and weight step sizes (Adam, cosine to 0).
         rounding_weight: Of adaround's regulariser, beside BRECQ's loss. Source: 0.01.
-        image_weight: ω of a picture's tokens in the block objective; those of text have 1.
+        image_weight: ω of a picture's tokens in the block objective; those of text have 1. `mbq`:
+            by the share of the answer's gradient that reaches them (`engine.modality`).
+        quantize_vision: Whether the linears of the visual encoder are quantised, their inputs per
+            token (Source: Q-VLM, after Outlier Suppression), on searched ranges. The paper does;
+            ours leaves it out, because nothing learns the encoder's rounding.
+        veo: Tuning of the visual encoder, quantised or not, before anything else.
         **kwargs: Arguments of `Reconstruction`.
 
     Raises:
@@ -118,12 +137,14 @@ class QVLM(Reconstruction):
         shrinks: tuple[float, ...] = SHRINKS,
         percentiles: tuple[float, ...] = PERCENTILES,
         range_tokens: int = 64,
-        rounding: Literal["signround", "adaround", "none"] = "signround",
+        rounding: Literal["signround", "adaround", "gptq", "none"] = "signround",
         steps: int = 200,
         lr: float | None = None,
         range_lr: float = 1e-3,
         rounding_weight: float = 0.01,
-        image_weight: float = 1.0,
+        image_weight: float | Literal["mbq"] = 1.0,
+        quantize_vision: bool = False,
+        veo: VisualEncoderTuning = VisualEncoderTuning(),  # noqa: B008 (frozen)
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -134,10 +155,12 @@ class QVLM(Reconstruction):
         self.shrinks, self.percentiles = tuple(shrinks), tuple(percentiles)
         self.range_tokens, self.rounding, self.steps = range_tokens, rounding, steps
         self.lr, self.range_lr, self.rounding_weight = lr, range_lr, rounding_weight
-        self.image_weight = image_weight
+        self.image_weight, self.quantize_vision, self.veo = image_weight, quantize_vision, veo
         self._check_numbers()
         self._sites = ActivationSites(self._shares, percentiles=grid == "percentile", power=NORM)
         self._prefixes: Prefixes | None = None
+        self._encoder_search: VisualEncoderSearch | None = None
+        self._encoder: VisualEncoderStage | None = None
         self._power = self._token_power = 1.0
 
     def check(self) -> None:
@@ -149,23 +172,158 @@ class QVLM(Reconstruction):
                 "model.grid is percentile, but ranges of tokens are taken at run time and have no "
                 "percentiles. Set model.grid: shrink, or model.activation.strategy: channel."
             )
-        if self.image_weight != 1 and not isinstance(self.adapter, SeesPictures):
-            raise CapabilityMissing(
-                f"model.image_weight is {self.image_weight}, but {type(self.adapter).__name__} "
-                "does not say which tokens are a picture's. Implement "
-                f"{', '.join(missing_attributes(self.adapter, SeesPictures))}, or set it to 1."
+        if self.image_weight != 1:
+            setting = f"model.image_weight is {self.image_weight}"
+            vision.sees_pictures(self.adapter, setting, "set it to 1")
+        if self.quantize_vision or self.veo.enabled:
+            self._check_vision()
+
+    def _check_vision(self) -> None:
+        asked = "quantize_vision" if self.quantize_vision else "veo.enabled"
+        adapter = vision.sees_pictures(self.adapter, f"model.{asked} is true", "set it to false")
+        if self.quantize_vision:
+            empty = self.adapter.empty_network()
+            for name in (name for names in vision.full_groups(adapter) for name in names):
+                check_group_size(linear(empty, name).in_features, self.weight)
+        there = {
+            "act_ranges": self.quantize_vision and self.activation is not None,
+            "norms": bool(adapter.vision_norms()),
+            "weight_scales": self.quantize_vision,
+            "weights": True,
+        }
+        if self.veo.enabled and not any(there[part] for part in self.veo.params):
+            raise ConfigError(
+                f"model.veo is to tune {', '.join(self.veo.params)}, and the visual encoder has "
+                f"none: model.quantize_vision is {str(self.quantize_vision).lower()}, and it has "
+                f"{len(adapter.vision_norms())} norms. Set quantize_vision: true, or add norms or "
+                "weights to veo.params."
             )
+
+    # The visual encoder: eqs 8-10 -----------------------------------------------------------------
+
+    @property
+    def vision_activation(self) -> QuantSpec | None:
+        """The bits of all activations, each token on its own range."""
+        spec = self.activation
+        if spec is None or spec.strategy == "token":
+            return spec
+        return QuantSpec(
+            num_bits=spec.num_bits,
+            strategy="token",
+            dynamic=True,
+            scale_denominator=spec.scale_denominator,
+        )
+
+    @property
+    def _vision_sites(self) -> ActivationSites:
+        return ActivationSites(self.shrinks, percentiles=False, power=NORM)
+
+    @property
+    def encoder_epoch(self) -> int:
+        """Steps of a pass over the calibration set, in the visual encoder's stage."""
+        return max(self.sample_count // self.batch_size, 1)
+
+    def open_vision(
+        self,
+        groups: list[LayerGroup],
+        record: UnitRecord,
+        sites: ActivationSites,
+        *,
+        learning: bool = False,
+    ) -> dict[str, QuantLinear]:
+        """Layers of the visual encoder, as `open_unit`, on the ranges that its search chose.
+
+        Args:
+            groups: Its linears.
+            record: Of their inputs.
+            sites: Takes up the ranges.
+            learning: Whether what `veo` names is to learn.
+        """
+        tuned = self.veo.params if learning and self.veo.enabled else ()
+        chosen = self.findings.get(visual_encoder_search.STAGE, {}).get("candidates", {})
+        spec = self.vision_activation
+        layers: dict[str, QuantLinear] = {}
+        for group in groups:
+            made: TokenRange | StaticRange | None = None
+            if spec is not None:
+                site = sites.add(group, record, spec)
+                candidate = chosen.get(group.name, sites.initial([group.name])[0])
+                made = site.restart(candidate, CHANGE if "act_ranges" in tuned else None)
+            layers |= self._layers(
+                group,
+                spec,
+                made,
+                lambda weight, scale: OffsetRounding(
+                    weight,
+                    scale,
+                    self.weight,
+                    bounds=CHANGE if "weight_scales" in tuned else None,
+                    learn_offset=False,
+                ),
+            )
+        if "weights" in tuned:
+            for layer in layers.values():
+                assert layer.teacher_weight is not None
+                layer.teacher_weight = nn.Parameter(layer.teacher_weight.float().clone())
+        return layers
+
+    def preparation_groups(self) -> list[dict[str, Any]]:
+        """Of the visual encoder, while it is tuned."""
+        if self._encoder is None or not self.veo.enabled:
+            return []
+        rates = {"encoder": self.veo.lr, "encoder weights": self.veo.weight_lr}
+        return [
+            {"name": name, "params": parameters, "lr": rates[name], "schedule": _cosine}
+            for name, parameters in self._encoder.parts.items()
+            if parameters
+        ]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Lightning: before each step; the visual encoder's stage looks at where it stands."""
+        if self._encoder is not None and self.veo.enabled and self.stage_state is not None:
+            found = self._encoder.begin(batch_idx, self.stage_state)
+            self.log_dict({f"recon/{name}": v for name, v in found.items()}, batch_size=1)
+
+    def preparation_loss(self, sample: int, step: int) -> dict[str, Tensor]:
+        """Eq. 10 of one sample."""
+        assert self._encoder is not None
+        assert self.stage_state is not None
+        return self._encoder.terms(sample, step, self.stage_state)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Lightning: as the trainer says, and within `veo.clip` for the visual encoder."""
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if self._encoder is not None:
+            nn.utils.clip_grad_norm_(self._trained, self.veo.clip)
 
     # Dependency of neighbours: eqs 4-6 ------------------------------------------------------------
 
     def preparation(self) -> list[Stage]:
-        """One step per pair of neighbours, unless nothing asks for their dependency."""
+        """The visual encoder's, if it is touched; ω; then one step per pair of neighbours.
+
+        The last unless nothing asks for their dependency.
+        """
         pairs = len(self.adapter.block_names) - 1
         wanted = self.partition_by in ("entropy", "dp") or self.audited > 0
-        return [Stage("dependency", pairs)] if wanted and pairs else []
+        survey = [Stage("dependency", pairs)] if wanted and pairs else []
+        weights = [Stage("image_weights", 1)] if self.image_weight == "mbq" else []
+        steps = self.veo.epochs * self.encoder_epoch if self.veo.enabled else 1
+        seen = self.quantize_vision or self.veo.enabled
+        search = self.quantize_vision and self.activation is not None
+        encoder = [Stage(vision.STAGE, steps)] if seen else []
+        if search:
+            tries = 1 + visual_encoder_search.plan(self).steps
+            encoder.insert(0, Stage(visual_encoder_search.STAGE, tries))
+        return [*encoder, *weights, *survey]
 
     @property
-    def _levels(self) -> int:
+    def levels(self) -> int:
+        """M: rounding points that hidden states are assigned to."""
         bits = self.activation.num_bits if self.activation else MAX_LEVELS
         return int(2 ** min(bits, MAX_LEVELS))
 
@@ -186,7 +344,7 @@ class QVLM(Reconstruction):
                 state[name][pair] = value
         else:
             self.frontier.record(walk.blocks_of(self, unit), inner=True)
-        table = pair_histogram(self, self._levels, NORM, literal=self.eq5_literal)
+        table = pair_histogram(self, self.levels, NORM, literal=self.eq5_literal)
         state["histogram"][pair] = table
         return {"dependency": float(conditional_entropy(table.sum(0)))}
 
@@ -274,22 +432,33 @@ class QVLM(Reconstruction):
 
     def open_unit(self, unit: OpenUnit) -> dict[str, QuantLinear]:
         """Layers rounded to nearest on step sizes of least square error; one range per input."""
-        layers = {}
+        layers: dict[str, QuantLinear] = {}
         for group in unit.groups:
             spec = self.activation_spec(group.role)
             made = None if spec is None else self._sites.add(group, unit.record, spec).range
-            token = made if isinstance(made, TokenRange) else None
-            fixed = InputTransform(None, static=made) if isinstance(made, StaticRange) else None
-            for name, module in group.linears.items():
-                weight = module.weight.float()
-                layers[name] = QuantLinear(
-                    module,
-                    self.weight,
-                    spec,
-                    transform=fixed,
-                    rounding=self._nearest(weight, self._scale(weight)),
-                    activation_range=token,
-                )
+            layers |= self._layers(group, spec, made, self._nearest)
+        return layers
+
+    def _layers(
+        self,
+        group: LayerGroup,
+        spec: QuantSpec | None,
+        made: TokenRange | StaticRange | None,
+        rounding: MakeRounding,
+    ) -> dict[str, QuantLinear]:
+        token = made if isinstance(made, TokenRange) else None
+        fixed = InputTransform(None, static=made) if isinstance(made, StaticRange) else None
+        layers = {}
+        for name, module in group.linears.items():
+            weight = module.weight.float()
+            layers[name] = QuantLinear(
+                module,
+                self.weight,
+                spec,
+                transform=fixed,
+                rounding=rounding(weight, self._scale(weight)),
+                activation_range=token,
+            )
         return layers
 
     def foreseen_layers(self, unit: OpenUnit) -> dict[str, QuantLinear]:
@@ -328,15 +497,23 @@ class QVLM(Reconstruction):
     def unit_stages(self, unit: Unit) -> list[Stage]:
         """A search of its ranges, if it has any, then learning, if it is asked for."""
         stages = [Stage("search", self._plan(unit).steps)] if any(self._sites_of(unit)) else []
-        if self.rounding != "none":
+        if self.rounding in ("signround", "adaround"):
             stages.append(Stage("rounding", self.steps))
         return stages or [Stage("nearest", 1)]
 
     def open_stage(self, stage: Stage) -> dict[str, Tensor]:
         """See `Reconstruction.open_stage`."""
+        if stage.name == vision.STAGE:
+            self._encoder = VisualEncoderStage(self, self._vision_sites, NORM)
+            return self._encoder.state()
+        if stage.name == visual_encoder_search.STAGE:
+            self._encoder_search = VisualEncoderSearch(self, self._vision_sites)
+            return self._encoder_search.state()
+        if stage.name == "image_weights":
+            return {"weights": torch.zeros(len(self.adapter.block_names))}
         if stage.name == "dependency":
             unknown = torch.full((stage.steps,), torch.inf, dtype=torch.float64)
-            tables = torch.zeros(stage.steps, 2, self._levels, self._levels, dtype=torch.float64)
+            tables = torch.zeros(stage.steps, 2, self.levels, self.levels, dtype=torch.float64)
             return {"histogram": tables, "quant_error": unknown, "ded": unknown.clone()}
         assert self.opened is not None
         if stage.name == "search":
@@ -346,8 +523,15 @@ class QVLM(Reconstruction):
         return self._open_rounding(self.opened) if stage.name == "rounding" else {}
 
     def search_step(self, stage: Stage, step: int) -> dict[str, float]:
-        """A pair of neighbours, or one evaluation of the joint search."""
+        """One evaluation of the joint search, or of what comes before there are units."""
         assert self.stage_state is not None
+        if self._encoder_search is not None:
+            return self._encoder_search.step(step, self.stage_state)
+        if self._encoder is not None:
+            return self._encoder.measure(self.stage_state)
+        if stage.name == "image_weights":
+            weights = self.stage_state["weights"].copy_(image_weights(self))
+            return {"image_weight": float(weights.mean())}
         if stage.name == "dependency":
             return self.survey(step, self.stage_state)
         if stage.name == "search":
@@ -358,7 +542,16 @@ class QVLM(Reconstruction):
     def close_stage(self, stage: Stage) -> None:
         """See `Reconstruction.close_stage`."""
         assert self.stage_state is not None
-        if stage.name == "dependency":
+        if self._encoder_search is not None:
+            self.findings[stage.name] = self._encoder_search.conclude(self.stage_state)
+            self._encoder_search = None
+        elif self._encoder is not None:
+            self.findings[vision.STAGE] = self._encoder.close(self.stage_state)
+            self._encoder = None
+        elif stage.name == "image_weights":
+            found = self.stage_state["weights"].tolist()
+            self.findings[stage.name] = dict(zip(self.adapter.block_names, found, strict=True))
+        elif stage.name == "dependency":
             self._conclude_survey(self.stage_state)
         elif self.opened is not None and stage.name == "search":
             self._conclude_search(self.opened, self.stage_state)
@@ -411,20 +604,30 @@ class QVLM(Reconstruction):
             unit.student_blocks,
             stream,
             lambda layer, setting: self._sites.select(sites[layer], setting),
-            self.token_weights,
+            partial(self.token_weights, unit=unit.unit),
         )
 
     @property
     def _stream(self) -> str:
         return "teacher" if self.inputs == "full_precision" else "student"
 
-    def token_weights(self, sample: int) -> Tensor | None:
-        """ω of a sample's tokens, [batch, tokens]; None: 1."""
-        if self.image_weight == 1:
+    def token_weights(self, sample: int, unit: Unit | None = None) -> Tensor | None:
+        """ω of a sample's tokens, [batch, tokens], in a unit's objective; None: 1.
+
+        Args:
+            sample: Its index.
+            unit: None: the open one.
+        """
+        weight = self.image_weight
+        if weight == 1:
             return None
+        if weight == "mbq":
+            assert unit is not None or self.opened is not None
+            blocks = (unit or self.opened.unit).blocks  # type: ignore[union-attr]
+            weight = self.findings["image_weights"][blocks[-1]]
         assert isinstance(self.adapter, SeesPictures)
         image = self.adapter.image_tokens(self.frontier.sample(sample)).to(self.run_device)
-        return torch.where(image, self.image_weight, 1.0)
+        return torch.where(image, weight, 1.0)
 
     def _rest(self, unit: OpenUnit) -> None:
         """Nothing learns: weights rounded to nearest, ranges as the search left them."""
@@ -432,18 +635,52 @@ class QVLM(Reconstruction):
         self._sites.place(unit, self.findings.get("candidates", {}), None)
 
     @staticmethod
-    def _round(unit: OpenUnit, rounding: Callable[[Tensor, Tensor], Rounding]) -> None:
+    def _round(unit: OpenUnit, rounding: MakeRounding) -> None:
         for layer in unit.layers.values():
             assert isinstance(layer.rounding, OffsetRounding | AdaptiveRounding)
             layer.rounding = rounding(layer.transformed_weight(), layer.rounding.step)
             layer.resident_weight = None
 
+    # GPTQ behind the search: ours -----------------------------------------------------------------
+
+    @property
+    def wants_gram(self) -> bool:
+        """The teacher's Hessian comes with the pass that records targets."""
+        return self.rounding == "gptq" and self.inputs == "full_precision"
+
+    def close_unit(self, unit: OpenUnit) -> None:
+        """Codes as they are rounded; with `gptq` its own, if the block objective is not worse."""
+        codes = self._gptq(unit) if self.rounding == "gptq" else {}
+        for name, layer in unit.layers.items():
+            weight = layer.fold()
+            assert layer.rounding is not None
+            rounded, scale = layer.rounding.close(weight)
+            layer.close(codes.get(name, rounded), scale)
+
+    @torch.no_grad()
+    def _gptq(self, unit: OpenUnit) -> dict[str, Tensor]:
+        """GPTQ's codes of each layer on the step sizes it has; none where they are refused."""
+        before = self._objective(unit)
+        record = unit.record if self.wants_gram else walk.record_student(self, unit)
+        found = {}
+        for group in unit.groups:
+            for name in group.linears:
+                layer = unit.layers[name]
+                weight = layer.transformed_weight()
+                assert layer.rounding is not None
+                scale = layer.rounding.scale(weight)
+                found[name] = gptq_codes(weight, record.gram[group.name], scale, self.weight)
+                layer.resident_weight = dequantize(found[name], scale, self.weight)
+        after = unit_error(self.frontier, unit.student_blocks, self._stream, self.token_weights)
+        for layer in unit.layers.values():
+            layer.resident_weight = None
+        self._note(unit, before, after, "GPTQ")
+        return found if after <= before else {}
+
     # Learned rounding and ranges on the same objective: ours --------------------------------------
 
     def _open_rounding(self, unit: OpenUnit) -> dict[str, Tensor]:
-        if "block_error_joint" not in unit.results:  # there was no range to search
-            error = unit_error(self.frontier, unit.student_blocks, self._stream, self.token_weights)
-            unit.results["block_error_joint"] = error
+        self._objective(unit)
         self._round(unit, self._learned_rounding)
         self._sites.place(unit, self.findings.get("candidates", {}), CHANGE)
         power, tokens = target_power(self.frontier, self.token_weights)
@@ -501,11 +738,23 @@ class QVLM(Reconstruction):
             lambda: keep_best.hard_error(self.frontier, unit, self._stream, self.token_weights),
         )
         if after > before:
-            rank_zero_info(
-                f"Unit {unit.unit.name}: learned rounding left the block error at {after:.3e}, "
-                f"above the {before:.3e} of the search; the search is kept."
-            )
             self._rest(unit)
+        self._note(unit, before, after, "learned rounding")
+
+    def _objective(self, unit: OpenUnit) -> float:
+        """J_B behind the search, or where there was no range to search."""
+        if "block_error_joint" not in unit.results:
+            error = unit_error(self.frontier, unit.student_blocks, self._stream, self.token_weights)
+            unit.results["block_error_joint"] = error
+        return unit.results["block_error_joint"]
+
+    @staticmethod
+    def _note(unit: OpenUnit, before: float, after: float, what: str) -> None:
+        if after > before:
+            rank_zero_info(
+                f"Unit {unit.unit.name}: {what} left the block error at {after:.3e}, above the "
+                f"{before:.3e} of the search; the search is kept."
+            )
         unit.results |= {
             "block_error_learned": after,
             "block_error_final": min(after, before),
@@ -534,7 +783,7 @@ class QVLM(Reconstruction):
             ("range_tokens", self.range_tokens, 1, None),
             ("steps", self.steps, 1, None),
             ("price", self.price, 0, None),
-            ("image_weight", self.image_weight, 0, None),
+            ("image_weight", 1 if self.image_weight == "mbq" else self.image_weight, 0, None),
         )
         for name, value, least, most in limits:
             if value < least or (most is not None and value > most):

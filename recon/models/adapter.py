@@ -124,6 +124,11 @@ class SeesPictures(Protocol):
         """Bool [1, tokens]: True where a token stands for a picture."""
         ...
 
+    @property
+    def vision_name(self) -> str:
+        """Dotted name, in the whole network, of the module whose parts `vision_network` has."""
+        ...
+
     def vision_network(self, device: Device) -> nn.Module:
         """A fresh full-precision vision tower with its projector, eval, without gradients.
 
@@ -136,6 +141,10 @@ class SeesPictures(Protocol):
 
         Names are relative to that module.
         """
+        ...
+
+    def vision_norms(self) -> tuple[str, ...]:
+        """Norms with weights between those linears, by name in `vision_network`."""
         ...
 
     def vision_output(self, network: nn.Module, sample: Sample) -> Tensor:
@@ -407,7 +416,7 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def network_from(self, weights: Mapping[str, Tensor], device: Device) -> nn.Module:
-        """As `network`, from given weights; Linears of blocks may lack theirs.
+        """As `network`, from given weights; Linears that may be quantised may lack theirs.
 
         A Linear without a weight stays on the meta device, to be replaced by the caller.
 

@@ -36,7 +36,9 @@ class TransformersNetwork(ModelAdapter):
         return self._network_of(self._loaded(self._meta.state_dict(), device), device)
 
     def network_from(self, weights: Mapping[str, Tensor], device: Device) -> nn.Module:
-        """As `network`, from given weights, which are copied; Linears of blocks may lack theirs.
+        """As `network`, from given weights, which are copied; Linears may lack theirs.
+
+        Those are the Linears of blocks, and of the vision network if they may be quantised.
 
         Raises:
             WeightsError: Other weights are missing, or some do not fit.
@@ -107,14 +109,13 @@ class TransformersNetwork(ModelAdapter):
 
     def _network_of(self, weights: Mapping[str, Tensor], device: Device) -> nn.Module:
         network = self._built_real()
-        optional = {
-            f"{block}.{linear}.weight"
-            for block in self.block_names
-            for linear in self.linear_shapes(block)
-        }
-        self._assign(network, weights, optional)
+        self._assign(network, weights, {f"{linear}.weight" for linear in self._quantizable()})
         self._move_tables(network, device)
         return network.requires_grad_(False).eval()
+
+    def _quantizable(self) -> set[str]:
+        """Full names of the Linears that may be quantised."""
+        return {f"{b}.{linear}" for b in self.block_names for linear in self.linear_shapes(b)}
 
     @staticmethod
     def _move_tables(network: nn.Module, device: Device) -> None:

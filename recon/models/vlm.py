@@ -203,6 +203,11 @@ class VisionLanguageAdapter(TransformersNetwork):
         """Bool [1, tokens]: True at the placeholders."""
         return sample["input_ids"] == self._settings.image_token_id
 
+    @property
+    def vision_name(self) -> str:
+        """The base model."""
+        return self._parts.base
+
     def vision_network(self, device: Device) -> nn.Module:
         """The base model without its language model: vision tower and projector."""
         network = self._built_real()
@@ -222,18 +227,22 @@ class VisionLanguageAdapter(TransformersNetwork):
         Raises:
             CapabilityMissing: A layer holds Linears without a known role.
         """
-        start = f"{self._parts.base}."
-        tower = self._meta.get_submodule(self._parts.vision_tower)
-        layers = vision_layers(tower)
-        prefix = f"{self._parts.vision_tower.removeprefix(start)}.{layers}"
-        used = list(cast(nn.ModuleList, tower.get_submodule(layers)))[: self._vision_depth(tower)]
         return tuple(
             group
-            for index, layer in enumerate(used)
+            for prefix, layer in self._vision_layers()
             for group in layer_groups(
-                (n for n, m in layer.named_modules() if isinstance(m, nn.Linear)),
-                prefix=f"{prefix}.{index}.",
+                (n for n, m in layer.named_modules() if isinstance(m, nn.Linear)), prefix=prefix
             )
+        )
+
+    def vision_norms(self) -> tuple[str, ...]:
+        """Norms of the same layers."""
+        return tuple(
+            prefix + name
+            for prefix, layer in self._vision_layers()
+            for name, module in layer.named_modules()
+            if type(module).__name__.endswith("Norm")
+            and next(module.parameters(recurse=False), None) is not None
         )
 
     def vision_output(self, network: nn.Module, sample: Sample) -> Tensor:
@@ -296,6 +305,10 @@ class VisionLanguageAdapter(TransformersNetwork):
 
     # Inner parts
 
+    def _quantizable(self) -> set[str]:
+        named = (name for group in self.vision_groups() for name in group.linears)
+        return super()._quantizable() | {f"{self.vision_name}.{name}" for name in named}
+
     def _shell(self, device: Device) -> nn.Module:
         """Everything but the decoder layers, with its weights."""
         key = str(torch.device(device))
@@ -309,6 +322,14 @@ class VisionLanguageAdapter(TransformersNetwork):
 
     def _base(self, network: nn.Module) -> nn.Module:
         return network.get_submodule(self._parts.base)
+
+    def _vision_layers(self) -> list[tuple[str, nn.Module]]:
+        """Layers of the tower that reach the features, without weights; name in front of parts."""
+        tower = self._meta.get_submodule(self._parts.vision_tower)
+        layers = vision_layers(tower)
+        prefix = f"{self._parts.vision_tower.removeprefix(f'{self._parts.base}.')}.{layers}"
+        used = list(cast(nn.ModuleList, tower.get_submodule(layers)))[: self._vision_depth(tower)]
+        return [(f"{prefix}.{index}.", layer) for index, layer in enumerate(used)]
 
     def _vision_depth(self, tower: nn.Module) -> int | None:
         """How many of the tower's layers the features come through; None: all."""

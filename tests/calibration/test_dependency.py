@@ -104,3 +104,14 @@ def test_a_span_has_as_many_terms_as_pairs() -> None:
 def test_a_grid_without_steps_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"positive step and at least 2 levels, got 0\.0"):
         soft_assignment(torch.zeros(3), 0.0, 0.0, 4)
+
+
+def test_the_entropy_is_differentiable_in_the_hidden_states_and_empty_cells_have_no_gradient() -> (
+    None
+):
+    first, second = (part.double().requires_grad_(True) for part in states(2, 4, 5))
+    assert torch.autograd.gradcheck(lambda a, b: conditional_entropy(table(a, b)), (first, second))
+    hard = torch.diag(torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64)).requires_grad_(True)
+    conditional_entropy(hard).backward()
+    assert hard.grad is not None
+    assert hard.grad.isfinite().all()

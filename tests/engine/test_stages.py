@@ -68,7 +68,7 @@ def test_only_the_open_unit_learns_and_has_logits(
 def test_the_network_is_outside_the_module(teacher: Path) -> None:
     module = adaround(teacher)
     assert list(module.state_dict()) == []
-    assert [name for name, _ in module.named_children()] == ["quantizers"]
+    assert [name for name, _ in module.named_children()] == ["quantizers", "tuned"]
 
 
 class StopEarly(Callback):

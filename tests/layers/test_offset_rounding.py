@@ -11,7 +11,13 @@ from recon.layers.rounding import OffsetRounding
 from recon.layers.searched_range import SearchedRange
 from recon.layers.static_range import StaticRange
 from recon.layers.token_range import TokenRange
-from recon.quantizers.affine import absmax_scale, codes, fake_quantize_tokens, weight_range
+from recon.quantizers.affine import (
+    absmax_scale,
+    codes,
+    dequantize,
+    fake_quantize_tokens,
+    weight_range,
+)
 from recon.quantizers.spec import QuantSpec
 
 SPECS = [QuantSpec(num_bits=4), QuantSpec(num_bits=3, strategy="group", group_size=4)]
@@ -131,3 +137,16 @@ def test_a_searched_range_moves_and_starts_anew_where_it_was_left(
     torch.testing.assert_close(learned(x).detach(), outputs[1])
     assert len(list(learned.parameters())) == 1
     assert not list(site.restart(1, None).parameters())
+
+
+def test_step_sizes_can_learn_alone_and_a_weight_through_its_rounding() -> None:
+    spec = QuantSpec(num_bits=4, strategy="channel")
+    weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    scale = absmax_scale(weight_range(weight.detach(), spec), spec)
+    rounding = OffsetRounding(weight.detach(), scale, spec, bounds=BOUNDS, learn_offset=False)
+    assert [name for name, _ in rounding.named_parameters()] == ["log_factor"]
+    rounding(weight).sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+    codes, closed = rounding.close(weight)
+    assert torch.equal(dequantize(codes, closed, spec), rounding(weight))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recon.engine.prefixes import Prefixes, unit_error
 from recon.engine.unit import Unit
@@ -314,11 +314,14 @@ def test_the_best_of_all_batches_is_kept(pictures: Path, tmp_path: Path) -> None
 SWITCHES: list[dict[str, Any]] = [
     {"rounding": "adaround", "lr": 0.05},
     {"search": "coordinate"},
-    {"image_weight": 0.1},
+    {"image_weight": "mbq"},
+    {"rounding": "gptq"},
     {"activation": CHANNEL, "grid": "percentile"},
     {"activation": None},
 ]
 MORE_SWITCHES: list[dict[str, Any]] = [
+    {"image_weight": 0.1},
+    {"rounding": "gptq", "activation": None, "inputs": "full_precision"},
     {"rounding": "none"},
     {"eq5_literal": True, "partition_by": "dp"},
     {"activation": CHANNEL},
@@ -363,6 +366,56 @@ def test_pictures_that_count_nothing_change_the_result(pictures: Path, tmp_path:
         fit(tmp_path / str(weight), module)
         errors.append(module.history[0]["block_error_warm"])
     assert errors[0] != errors[1]
+
+
+def test_pictures_count_by_the_gradient_that_reaches_them(pictures: Path, tmp_path: Path) -> None:
+    module = method(pictures, image_weight="mbq", rounding="none", partition_by="fixed", largest=2)
+    fit(tmp_path, module)
+    network: Any = module.adapter.network("cpu")
+    sums = torch.zeros(4, 2, 2)
+    for index in (0, 1, 2):  # the last calibration sample is text alone
+        sample = module.frontier.sample(index)
+        hidden = [network.embed(sample, network.vision(sample["pixel_values"]))]
+        hidden[0].requires_grad_(True)
+        for layer in network.layers:
+            hidden.append(layer(hidden[-1]))
+        logits, labels = network.head(hidden[-1]), sample["labels"]
+        loss = nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:])
+        image = sample["input_ids"][0] == 31
+        for row, gradient in zip(sums, torch.autograd.grad(loss, hidden[1:]), strict=True):
+            for kind, tokens in enumerate((image, ~image)):
+                part = gradient[0, tokens].abs()
+                row[kind] += torch.tensor([part.sum(), part.numel()])
+    means = sums[..., 0] / sums[..., 1]
+    found = module.findings["image_weights"]
+    assert found == {
+        f"layers.{depth}": pytest.approx(float(image / text), rel=1e-5)
+        for depth, (image, text) in enumerate(means)
+    }
+    module.opened = None
+    for unit in module.units:
+        weights = module.token_weights(0, unit)
+        assert weights is not None
+        assert weights.unique().tolist() == sorted({found[unit.blocks[-1]], 1.0})
+
+
+def test_gptq_is_taken_where_it_lowers_the_block_objective(pictures: Path, tmp_path: Path) -> None:
+    # On eight bits of activations it is the weights that count.
+    spec = QuantSpec(num_bits=8, strategy="token", dynamic=True)
+    module = method(pictures, rounding="gptq", partition_by="layerwise", audited=0, activation=spec)
+    none = method(pictures, rounding="none", partition_by="layerwise", audited=0, activation=spec)
+    fit(tmp_path / "gptq", module)
+    fit(tmp_path / "none", none)
+    taken = [row["rounding_accepted"] for row in module.history]
+    assert any(taken)
+    for row in module.history:
+        lowest = min(row["block_error_learned"], row["block_error_joint"])
+        assert row["block_error_final"] == lowest
+    names = [unit.blocks[0].replace(".", "/") for unit in module.units]
+    for name, accepted in zip(names, taken, strict=True):
+        layers = [m.quantizers.get_submodule(f"{name}/up") for m in (module, none)]
+        assert torch.equal(layers[0].scale, layers[1].scale)  # type: ignore[arg-type]
+        assert torch.equal(layers[0].codes, layers[1].codes) != accepted  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

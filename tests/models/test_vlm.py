@@ -182,6 +182,34 @@ def test_vision_groups_name_each_linear_of_the_tower_that_reaches_the_features(
     assert all(len(inputs) == 1 for inputs in shared.values())
 
 
+def test_vision_norms_lie_between_the_linears_and_all_names_hold_in_the_whole_network(
+    family: str, folder: Path
+) -> None:
+    adapter = adapter_of(family, folder)
+    network, whole = adapter.vision_network("cpu"), adapter.empty_network()
+    norms = adapter.vision_norms()
+    layers = {name.rpartition(".")[0] for name in norms}
+    assert len(norms) == len(set(norms)) == 2 * len(layers)
+    linears = [name for group in adapter.vision_groups() for name in group.linears]
+    assert all(any(name.startswith(f"{layer}.") for layer in layers) for name in linears)
+    for name in (*norms, *linears):
+        inside = network.get_submodule(name)
+        assert weight_of(whole, f"{adapter.vision_name}.{name}").shape == inside.weight.shape
+
+
+def test_a_network_from_given_weights_may_lack_those_of_the_vision_network(
+    family: str, folder: Path
+) -> None:
+    adapter = adapter_of(family, folder)
+    names = {
+        f"{adapter.vision_name}.{n}.weight" for g in adapter.vision_groups() for n in g.linears
+    }
+    stored = adapter.weights.load("", torch.float32, "cpu").items()
+    network = adapter.network_from({n: t for n, t in stored if n not in names}, "cpu")
+    meta = {name for name, tensor in network.state_dict().items() if tensor.is_meta}
+    assert meta == names
+
+
 def test_a_tied_head_is_read_from_the_embeddings(tmp_path: Path) -> None:
     folder = write_tiny_vlm(tmp_path, "qwen2_5_vl")
     adapter = adapter_of("qwen2_5_vl", folder)

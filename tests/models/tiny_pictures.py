@@ -107,6 +107,7 @@ class TinyPicturesAdapter(ModelAdapter):
     def network_from(self, weights: Mapping[str, Tensor], device: Device) -> TinyPictures:
         network = self.empty_network()
         optional = {f"{b}.{n}.weight" for b in self.block_names for n in self.linear_shapes(b)}
+        optional |= {f"vision.{name}.weight" for group in VISION for name in group.linears}
         self._assign(network, weights, optional)
         assert isinstance(network, TinyPictures)
         return network.requires_grad_(False).eval()
@@ -140,11 +141,18 @@ class TinyPicturesAdapter(ModelAdapter):
     def image_tokens(self, sample: Sample) -> Tensor:
         return sample["input_ids"] == IMAGE
 
+    @property
+    def vision_name(self) -> str:
+        return "vision"
+
     def vision_network(self, device: Device) -> nn.Module:
         return self.network(device).vision
 
     def vision_groups(self) -> tuple[InputGroup, ...]:
         return VISION
+
+    def vision_norms(self) -> tuple[str, ...]:
+        return ("norm",)
 
     def vision_output(self, network: nn.Module, sample: Sample) -> Tensor:
         return network(sample["pixel_values"]).flatten(0, 1)
