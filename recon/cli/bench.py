@@ -1,8 +1,9 @@
 """`recon bench`: an export against full precision, timed on this machine.
 
 One denoising step (a held-out sample's call of the network) and one whole sample, in float32 and
-bfloat16, eager and compiled. All networks stand in one process and take turns, so that ratios hold
-on a busy machine too; peak memory is that of a process (or device) with one of them alone.
+bfloat16, eager and compiled. All networks stand in one process and take turns, so that other work
+on the machine falls on all of them; peak memory is that of a process (or device) with one of them
+alone.
 """
 
 import argparse

@@ -18,9 +18,7 @@ from recon.errors import ConfigError
 from recon.layers.quant_attention import QuantAttention
 from recon.layers.quant_linear import QuantLinear
 from recon.models.adapter import ModelAdapter
-
-ENDS = 2**20
-"""Bytes read at each end of a file to tell it from another, as checkpoints are told apart."""
+from recon.models.weights import FINGERPRINT_BYTES
 
 
 class Baselines:
@@ -93,13 +91,13 @@ def _quantizers(network: nn.Module) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> str:
-    """Hash over name, size and both ends of every file below `folder`."""
+    """Hash over name, size and both ends of every file below `folder`, as weights have."""
     digest = hashlib.sha256()
     for path in sorted(file for file in folder.rglob("*") if file.is_file()):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder)}\0{size}\0".encode())
         with path.open("rb") as file:
-            digest.update(file.read(ENDS))
-            file.seek(max(0, size - ENDS))
+            digest.update(file.read(FINGERPRINT_BYTES))
+            file.seek(max(0, size - FINGERPRINT_BYTES))
             digest.update(file.read())
     return digest.hexdigest()

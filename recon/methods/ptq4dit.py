@@ -189,8 +189,7 @@ class PTQ4DiT(Reconstruction):
     def _gram(self, group: LayerGroup, unit: OpenUnit, transform: InputTransform | None) -> Tensor:
         """Sum of x̂ x̂ᵀ over tokens, where x̂ is the balanced input as the grid has it.
 
-        Unquantised inputs would have GPTQ lean on correlations that the grid's noise destroys: at
-        4 bits that start is worse than none.
+        Unquantised inputs would have GPTQ lean on correlations that the grid's noise destroys.
         """
         spec = self.activation_spec(group.role)
         summed = torch.zeros((), dtype=torch.float64)
