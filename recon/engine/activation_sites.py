@@ -1,6 +1,7 @@
 """The activation ranges of units that are searched: made, moved, replaced by learned ones."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -8,10 +9,13 @@ from torch import Tensor
 from recon.calibration import ranks
 from recon.calibration.quantiles import two_sided_quantiles
 from recon.calibration.statistics import UnitRecord
-from recon.engine.unit import LayerGroup, OpenUnit
+from recon.engine.unit import LayerGroup, OpenUnit, Unit
 from recon.layers.searched_range import Ends, SearchedRange
 from recon.layers.token_range import TokenRange
 from recon.quantizers.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from recon.engine.reconstruction import Reconstruction
 
 
 class ActivationSites:
@@ -87,6 +91,18 @@ class ActivationSites:
                 else:
                     assert layer.transform is not None
                     layer.transform.static = made
+
+
+def site_names(module: "Reconstruction", unit: Unit) -> list[list[str]]:
+    """The inputs of each block of a unit that the method quantises."""
+    return [
+        [
+            f"{block}.{group.linears[0]}"
+            for group in module.adapter.input_groups(block)
+            if group.role not in module.skip_roles and module.activation_spec(group.role)
+        ]
+        for block in unit.blocks
+    ]
 
 
 def _device(weight: Tensor | None) -> torch.device:

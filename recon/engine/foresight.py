@@ -132,9 +132,7 @@ def _saved(module: "Reconstruction", block: str, groups: list[LayerGroup]) -> di
     """State of a block's closed layers, `ROWS` outputs each, by name within the block."""
     layers = _trial(module, Unit(block, (block,)), groups)
     for layer in layers.values():
-        weight = layer.fold()
-        assert layer.rounding is not None
-        layer.close(*layer.rounding.close(weight))
+        layer.close_as_rounded()
     return {
         f"{name.removeprefix(block)}.{key}": tensor
         for name, layer in layers.items()

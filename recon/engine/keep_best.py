@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from recon.calibration.frontier import Frontier
@@ -66,3 +67,17 @@ def take_best(
     best = min(errors, key=errors.__getitem__)
     assign(parameters, versions[best])
     return errors[best]
+
+
+def note(unit: OpenUnit, before: float, after: float, what: str) -> None:
+    """Among the unit's results: the block error that `what` led to, and whether it is kept."""
+    if after > before:
+        rank_zero_info(
+            f"Unit {unit.unit.name}: {what} left the block error at {after:.3e}, above the "
+            f"{before:.3e} of the search; the search is kept."
+        )
+    unit.results |= {
+        "block_error_learned": after,
+        "block_error_final": min(after, before),
+        "rounding_accepted": float(after <= before),
+    }

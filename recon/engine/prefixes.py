@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from math import isfinite
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +10,13 @@ from torch import Tensor, nn
 from recon.calibration import ranks
 from recon.calibration.frontier import Frontier
 from recon.calibration.search import Settings
+from recon.engine.activation_sites import ActivationSites, site_names
+from recon.engine.unit import OpenUnit
 from recon.errors import NumericsError
 from recon.losses.reconstruction import error_and_power
+
+if TYPE_CHECKING:
+    from recon.engine.reconstruction import Reconstruction
 
 Weigh = Callable[[int], Tensor | None]
 """Weight of each token of a sample, [batch, tokens]; None counts all alike."""
@@ -91,6 +97,26 @@ class Prefixes:
                 "last checkpoint is good: look at the inputs of this block, or use wider ranges."
             )
         return wrong / power
+
+
+def searched_prefixes(
+    module: "Reconstruction", unit: OpenUnit, sites: ActivationSites, stream: str, weigh: Weigh
+) -> Prefixes:
+    """Prefixes of a unit whose settings are candidates of its activation sites.
+
+    Its weights stay rounded as they are.
+    """
+    names = site_names(module, unit.unit)
+    for layer in unit.layers.values():
+        assert layer.teacher_weight is not None
+        layer.keep_resident(layer.teacher_weight.dtype)
+    return Prefixes(
+        module.frontier,
+        unit.student_blocks,
+        stream,
+        lambda layer, setting: sites.select(names[layer], setting),
+        weigh,
+    )
 
 
 @torch.no_grad()

@@ -267,9 +267,7 @@ class Reconstruction(LightningModule):
     def close_unit(self, unit: OpenUnit) -> None:
         """Turns every layer of the unit into codes; default: what its rounding says."""
         for layer in unit.layers.values():
-            weight = layer.fold()
-            assert layer.rounding is not None
-            layer.close(*layer.rounding.close(weight))
+            layer.close_as_rounded()
 
     # What methods use ---------------------------------------------------------------------------
 

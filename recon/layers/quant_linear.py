@@ -138,6 +138,12 @@ class QuantLinear(nn.Module):
         self.rounding = None
         self.teacher_weight = None
 
+    def close_as_rounded(self) -> None:
+        """Replaces the weight by the codes and step sizes of its rounding."""
+        weight = self.fold()
+        assert self.rounding is not None
+        self.close(*self.rounding.close(weight))
+
     def adopt(self, tensors: dict[str, Tensor], transform: InputTransform | None) -> None:
         """Becomes the closed layer that these saved tensors describe."""
         self.codes, self.scale = tensors["codes"], tensors["scale"]

@@ -13,36 +13,35 @@ import torch
 from recon.calibration import ranks
 from recon.calibration.search import CoordinateSearch
 from recon.engine import vision
-from recon.engine.activation_sites import ActivationSites
+from recon.engine.staged import OpenStage
 from recon.engine.unit import StageState
 from recon.losses.reconstruction import error_and_power
+from recon.methods.visual_encoder_layers import SEARCH_STAGE, encoder_layers, encoder_sites
 
 if TYPE_CHECKING:
     from recon.methods.q_vlm import QVLM
 
-STAGE = "visual_encoder_search"
 
-
-class VisualEncoderSearch:
+class VisualEncoderSearch(OpenStage):
     """The visual encoder while its ranges are searched; leaves its choice, and no layer.
 
     Args:
         method: Whose streams stand in front of the first block.
-        sites: Makes and moves the ranges.
 
     Raises:
         ConfigError: No sample has a picture to calibrate on.
     """
 
-    def __init__(self, method: "QVLM", sites: ActivationSites) -> None:
-        self._method, self._sites, self._frontier = method, sites, method.frontier
+    def __init__(self, method: "QVLM") -> None:
+        self._method, self._frontier = method, method.frontier
+        self._sites = encoder_sites(method)
         self._adapter = vision.sees_pictures(
             method.adapter, "The visual encoder is to be quantised", "leave it as it is"
         )
         vision.refuse_texts(method, self._adapter, held_out=False)
         teacher = vision.VisionNetwork(self._adapter, method.run_device)
         groups = teacher.groups()
-        layers = method.open_vision(groups, teacher.record(method, groups), sites)
+        layers = encoder_layers(method, groups, teacher.record(method, groups), self._sites)
         for layer in layers.values():
             assert layer.teacher_weight is not None
             layer.keep_resident(layer.teacher_weight.dtype)
@@ -73,16 +72,17 @@ class VisualEncoderSearch:
         return {"feature_error": float(wrong / power)}
 
     def conclude(self, state: StageState) -> dict[str, Any]:
-        """Candidate of each input, and the error before and after the search; plain values."""
+        """Candidate of each input, and the error before and after the search."""
         initial, *errors = state["errors"].tolist()
         outcome = self._plan.outcome(torch.tensor(errors, dtype=torch.float64))
         better = outcome.joint_error < initial
         chosen = outcome.joint[0] if better else self._sites.initial(self._names)
-        return {
+        found = {
             "error_initial": initial,
             "error_searched": min(outcome.joint_error, initial),
             "candidates": dict(zip(self._names, chosen, strict=True)),
         }
+        return {SEARCH_STAGE: found}
 
 
 def plan(method: "QVLM") -> CoordinateSearch:

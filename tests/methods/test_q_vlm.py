@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recon.engine.prefixes import Prefixes, unit_error
+from recon.engine.prefixes import unit_error
 from recon.engine.unit import Unit
 from recon.errors import CapabilityMissing, ConfigError
 from recon.layers.quant_linear import QuantLinear
+from recon.methods.joint_search import JointSearch
 from recon.methods.q_vlm import QVLM
+from recon.methods.rounding_behind_search import LearnedRounding
 from recon.models.cogvideox import CogVideoX
 from recon.quantizers.affine import absmax_scale, codes, weight_range
 from recon.quantizers.packing import unpack
@@ -159,9 +161,8 @@ def test_a_search_costs_5_30_or_155_forwards_and_the_cache_changes_no_bit(
     )  # fmt: skip
 
     def look(opened: Any) -> None:
-        assert isinstance(opened, QVLM)
-        plan, cached = opened._plan(opened.units[0]), opened._prefixes
-        assert cached is not None
+        assert isinstance(opened.current, JointSearch)
+        plan, cached = opened.current.plan, opened.current.prefixes
         none = torch.empty(0)
         errors = [cached.error(plan.settings(step, none)) for step in range(plan.steps)]
         assert cached.forwards == plan.steps == forwards
@@ -182,9 +183,8 @@ def test_without_a_cache_three_layers_cost_375_forwards(pictures: Path, tmp_path
     module = method(pictures, partition_by="fixed", audited=0, shrinks=(1.0, 0.9, 0.8, 0.7, 0.6))
 
     def look(opened: Any) -> None:
-        assert isinstance(opened, QVLM)
-        plan, prefixes = opened._plan(opened.units[0]), opened._prefixes
-        assert prefixes is not None
+        assert isinstance(opened.current, JointSearch)
+        plan, prefixes = opened.current.plan, opened.current.prefixes
         for step in range(plan.steps):
             settings = plan.settings(step, torch.empty(0))
             if len(settings) == 3:
@@ -277,7 +277,8 @@ def test_gradients_reach_only_what_learns_in_the_open_unit(pictures: Path, tmp_p
     class Looks(QVLM):
         def on_loss(self, loss: Tensor) -> None:
             names.update(self.quantizers.get_submodule("layers/0/q").state_dict())
-            learned = {id(p) for p in self._learned(self.opened)}  # type: ignore[arg-type]
+            assert isinstance(self.current, LearnedRounding)
+            learned = {id(p) for p in self.current.learned}
             assert learned == {id(p) for p in self.parameters()}
             super().on_loss(loss)
 
@@ -293,8 +294,9 @@ def test_the_best_of_all_batches_is_kept(pictures: Path, tmp_path: Path) -> None
 
     class Looks(QVLM):
         def on_loss(self, loss: Tensor) -> None:
+            assert isinstance(self.current, LearnedRounding)
             losses.append(float(loss))
-            before.append(self._learned(self.opened)[0].detach().clone())  # type: ignore[arg-type]
+            before.append(self.current.learned[0].detach().clone())
             super().on_loss(loss)
             assert self.stage_state is not None
             best = losses.index(min(losses))
@@ -453,9 +455,8 @@ def test_prefixes_start_anew_where_an_earlier_layer_changed(pictures: Path, tmp_
     module = method(pictures, partition_by="fixed", audited=0)
 
     def look(opened: Any) -> None:
-        assert isinstance(opened, QVLM)
-        prefixes = opened._prefixes
-        assert isinstance(prefixes, Prefixes)
+        assert isinstance(opened.current, JointSearch)
+        prefixes = opened.current.prefixes
         one, other = (0,) * 4, (1,) * 4
         mixed = [(one, one), (other, one), (one, other), (other, other, one), (one, other, one)]
         errors = [prefixes.error(settings) for settings in mixed]

@@ -23,7 +23,8 @@ from recon.engine.unit import StageState
 from recon.errors import CapabilityMissing, ConfigError
 from recon.layers.quant_linear import QuantLinear
 from recon.methods.q_vlm import QVLM
-from recon.methods.visual_encoder import Part, VisualEncoderStage, VisualEncoderTuning
+from recon.methods.visual_encoder import TunedEncoder
+from recon.methods.visual_encoder_tuning import Part, VisualEncoderTuning
 from recon.models.cogvideox import CogVideoX
 from recon.models.llava import Llava
 from recon.quantizers.spec import QuantSpec
@@ -49,15 +50,13 @@ def fitted(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[QVL
     return module, root
 
 
-def opened(
-    root: Path, module: QVLM, look: Callable[[VisualEncoderStage, StageState], None]
-) -> None:
+def opened(root: Path, module: QVLM, look: Callable[[TunedEncoder, StageState], None]) -> None:
     """Calls `look` in front of the first step of the visual encoder's stage."""
 
     class Looks(Callback):
         def on_train_batch_start(self, trainer: Any, running: Any, *args: Any) -> None:
-            if running._encoder is not None:
-                look(running._encoder, running.stage_state)
+            if isinstance(running.current, TunedEncoder):
+                look(running.current, running.stage_state)
                 raise Interruption
 
     with pytest.raises(Interruption):
@@ -79,7 +78,7 @@ def opened(
 def test_gradients_reach_every_part_that_is_named_and_nothing_else(
     quantized: bool, params: Any, expected: dict[str, int], teacher: Path, tmp_path: Path
 ) -> None:
-    def look(stage: VisualEncoderStage, state: StageState) -> None:
+    def look(stage: TunedEncoder, state: StageState) -> None:
         groups = module.preparation_groups()
         assert {group["name"]: len(group["params"]) for group in groups} == expected
         learned = [p for group in groups for p in group["params"]]
@@ -89,7 +88,7 @@ def test_gradients_reach_every_part_that_is_named_and_nothing_else(
         for name, term in stage.terms(0, 0, state).items():
             for parameter in torch.autograd.grad(term, learned, retain_graph=True):
                 assert parameter.abs().sum() > 0, name
-        others = [p for block in stage._blocks for p in block.parameters()]
+        others = [p for block in stage.objective.blocks for p in block.parameters()]
         assert others
         assert not any(p.requires_grad for p in others)
 
@@ -100,9 +99,9 @@ def test_gradients_reach_every_part_that_is_named_and_nothing_else(
 def test_without_weights_the_loss_is_the_cross_entropy_that_the_public_class_gives(
     teacher: Path, tmp_path: Path
 ) -> None:
-    def look(stage: VisualEncoderStage, state: StageState) -> None:
+    def look(stage: TunedEncoder, state: StageState) -> None:
         public: Any = module.adapter.network("cpu")
-        for name, block in zip(module.adapter.block_names, stage._blocks, strict=True):
+        for name, block in zip(module.adapter.block_names, stage.objective.blocks, strict=True):
             public.set_submodule(name, block)
         for name, layer in stage.layers.items():
             public.set_submodule(name, layer)
@@ -124,14 +123,14 @@ def test_without_weights_the_loss_is_the_cross_entropy_that_the_public_class_giv
 def test_the_error_is_that_of_the_encoder_and_of_the_last_layer(
     teacher: Path, tmp_path: Path
 ) -> None:
-    def look(stage: VisualEncoderStage, state: StageState) -> None:
+    def look(stage: TunedEncoder, state: StageState) -> None:
         adapter, sample = module.adapter, module.frontier.sample(0)
         assert isinstance(adapter, Llava)
         features = adapter.vision_output(adapter.vision_network("cpu"), sample)
         full = adapter.embed(sample, "cpu")
         for name in adapter.block_names:
             full = adapter.forward_block(adapter.block(name, "cpu"), full)
-        seen = stage._see(0)
+        seen = stage.objective.see(0)
         expected = [
             (found - target).norm() / target.norm()
             for found, target in (
@@ -147,13 +146,13 @@ def test_the_error_is_that_of_the_encoder_and_of_the_last_layer(
 
 
 def test_a_step_down_the_entropy_term_lowers_the_entropy(teacher: Path, tmp_path: Path) -> None:
-    def look(stage: VisualEncoderStage, state: StageState) -> None:
+    def look(stage: TunedEncoder, state: StageState) -> None:
         before = stage.terms(0, 0, state)["entropy"]
         assert 0 < before.item() < 0.01 * math.log(64)
-        gradients = torch.autograd.grad(before, stage._learned)
+        gradients = torch.autograd.grad(before, stage.learned)
         size = sum(gradient.square().sum() for gradient in gradients).sqrt()  # type: ignore[union-attr]
         with torch.no_grad():
-            for parameter, gradient in zip(stage._learned, gradients, strict=True):
+            for parameter, gradient in zip(stage.learned, gradients, strict=True):
                 parameter -= 1e-2 * gradient / size
         assert stage.terms(0, 0, state)["entropy"].item() < before.item()
 
@@ -169,16 +168,16 @@ def test_layers_count_by_what_the_final_error_feels_of_them(tmp_path: Path) -> N
         "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 64,
     })  # fmt: skip
 
-    def look(stage: VisualEncoderStage, state: StageState) -> None:
+    def look(stage: TunedEncoder, state: StageState) -> None:
         assert torch.equal(state["influence"], torch.full((3,), 1 / 3))
-        stage._weigh(state)
+        stage.objective.weigh(state)
         norms = torch.zeros(3)
         for index in (0, 1, 2):
-            entering = stage._see(index).hidden
+            entering = stage.objective.see(index).hidden
             for depth in range(3):
                 start = entering[depth].detach().requires_grad_(True)
                 left = {**module.embed(module.frontier.sample(index)), "hidden_states": start}
-                for block in stage._blocks[depth + 1 :]:
+                for block in stage.objective.blocks[depth + 1 :]:
                     left = module.adapter.forward_block(block, left)
                 target = module.frontier.state("teacher", index)["hidden_states"]
                 (left["hidden_states"] - target).norm().backward()
@@ -275,7 +274,7 @@ def test_tuning_stops_where_it_no_longer_helps(teacher: Path, tmp_path: Path) ->
 
     class Looks(QVLM):
         def on_loss(self, loss: Tensor) -> None:
-            if self._encoder is not None:
+            if isinstance(self.current, TunedEncoder):
                 losses.append(float(loss))
             super().on_loss(loss)
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from recon.engine import ReconStrategy
 from recon.engine.data import CalibrationData
 from recon.methods.q_vlm import QVLM
-from recon.methods.visual_encoder import VisualEncoderTuning
+from recon.methods.visual_encoder_tuning import VisualEncoderTuning
 from recon.models.llava import Llava
 from recon.types import Sample
 from tests.engine.tiny_run import FixedData, trainer_for

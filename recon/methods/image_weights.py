@@ -1,0 +1,42 @@
+"""ω of a picture's tokens by the answer's gradient, before Q-VLM cuts the network into units."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from recon.engine import modality
+from recon.engine.staged import OpenStage
+from recon.engine.unit import StageState
+
+if TYPE_CHECKING:
+    from recon.methods.q_vlm import QVLM
+
+STAGE = "image_weights"
+
+
+class ImageWeights(OpenStage):
+    """One pass over the calibration set.
+
+    Args:
+        method: Whose network it is.
+
+    Source: MBQ (arXiv 2412.19509).
+    """
+
+    def __init__(self, method: "QVLM") -> None:
+        self._method = method
+
+    def state(self) -> dict[str, Tensor]:
+        """ω behind each block."""
+        return {"weights": torch.zeros(len(self._method.adapter.block_names))}
+
+    def step(self, step: int, state: StageState) -> dict[str, float]:
+        """All of them at once."""
+        weights = state["weights"].copy_(modality.image_weights(self._method))
+        return {"image_weight": float(weights.mean())}
+
+    def conclude(self, state: StageState) -> dict[str, Any]:
+        """ω by the name of the block."""
+        names = self._method.adapter.block_names
+        return {STAGE: dict(zip(names, state["weights"].tolist(), strict=True))}
