@@ -23,13 +23,20 @@ from recon.engine.activation_sites import site_names
 from recon.engine.pairs import pair_histogram
 from recon.engine.prefixes import searched_prefixes
 from recon.engine.staged import OpenStage
-from recon.engine.unit import OpenUnit, StageState, Unit
+from recon.engine.unit import OpenUnit, Stage, StageState, Unit
 from recon.models.adapter import SeesPictures
 
 if TYPE_CHECKING:
     from recon.methods.q_vlm import QVLM
 
 STAGE = "dependency"
+
+
+def stages(method: "QVLM") -> list[Stage]:
+    """One step per pair of neighbours, unless nothing asks for their dependency."""
+    pairs = len(method.adapter.block_names) - 1
+    wanted = method.partition_by in ("entropy", "dp") or method.audited > 0
+    return [Stage(STAGE, pairs)] if wanted and pairs else []
 
 
 class DependencySurvey(OpenStage):

@@ -7,12 +7,17 @@ from torch import Tensor
 
 from recon.engine import modality
 from recon.engine.staged import OpenStage
-from recon.engine.unit import StageState
+from recon.engine.unit import Stage, StageState
 
 if TYPE_CHECKING:
     from recon.methods.q_vlm import QVLM
 
 STAGE = "image_weights"
+
+
+def stages(method: "QVLM") -> list[Stage]:
+    """One step, if ω is to follow the gradient."""
+    return [Stage(STAGE, 1)] if method.image_weight == "mbq" else []
 
 
 class ImageWeights(OpenStage):

@@ -17,12 +17,24 @@ from recon.engine.activation_sites import site_names
 from recon.engine.prefixes import searched_prefixes
 from recon.engine.searched_layers import rest
 from recon.engine.staged import OpenStage
-from recon.engine.unit import StageState, Unit
+from recon.engine.unit import Stage, StageState, Unit
 
 if TYPE_CHECKING:
     from recon.methods.q_vlm import QVLM
 
 STAGE = "search"
+
+
+def stages(method: "QVLM", unit: Unit) -> list[Stage]:
+    """One step per setting that is tried, if the unit has any range."""
+    return [Stage(STAGE, _plan(method, unit).steps)] if any(site_names(method, unit)) else []
+
+
+def _plan(method: "QVLM", unit: Unit) -> SearchPlan:
+    sites = [len(names) for names in site_names(method, unit)]
+    if method.search == "product":
+        return ProductSearch(sites, len(method.shares))
+    return CoordinateSearch(sites, len(method.shares), method.sweeps)
 
 
 class JointSearch(OpenStage):
@@ -35,7 +47,7 @@ class JointSearch(OpenStage):
     def __init__(self, method: "QVLM") -> None:
         assert method.opened is not None
         self._method, self._unit = method, method.opened
-        self.plan = plan(method, self._unit.unit)
+        self.plan = _plan(method, self._unit.unit)
         weigh = partial(method.token_weights, unit=self._unit.unit)
         self.prefixes = searched_prefixes(method, self._unit, method.sites, method.stream, weigh)
 
@@ -71,11 +83,3 @@ class JointSearch(OpenStage):
             chosen |= dict(zip(names, setting, strict=True))
         rest(unit, method.weight, method.sites, chosen)
         return {"candidates": chosen}
-
-
-def plan(method: "QVLM", unit: Unit) -> SearchPlan:
-    """What the search of a unit tries, in order."""
-    sites = [len(names) for names in site_names(method, unit)]
-    if method.search == "product":
-        return ProductSearch(sites, len(method.shares))
-    return CoordinateSearch(sites, len(method.shares), method.sweeps)

@@ -25,7 +25,7 @@ from torch import Tensor
 from recon.calibration.partition import fixed_partition, greedy_partition, optimal_partition
 from recon.engine import vision
 from recon.engine.activation_sites import ActivationSites, site_names
-from recon.engine.searched_layers import nearest, round_weights, searched_layers
+from recon.engine.searched_layers import nearest, searched_layers
 from recon.engine.staged import OpenStage, StagedReconstruction
 from recon.engine.unit import OpenUnit, Stage, Unit
 from recon.layers.quant_linear import QuantLinear
@@ -39,7 +39,7 @@ from recon.methods import (
     rounding_behind_search,
     visual_encoder,
 )
-from recon.methods.rounding_behind_search import LearnedRounding, accepted_gptq, learned_rounding
+from recon.methods.rounding_behind_search import LearnedRounding, accepted_gptq, let_learn
 from recon.methods.visual_encoder import TunedEncoder
 from recon.methods.visual_encoder_layers import SEARCH_STAGE, encoder_activation
 from recon.methods.visual_encoder_search import VisualEncoderSearch
@@ -143,8 +143,9 @@ class QVLM(StagedReconstruction):
         self.lr, self.range_lr, self.rounding_weight = lr, range_lr, rounding_weight
         self.image_weight, self.quantize_vision, self.veo = image_weight, quantize_vision, veo
         q_vlm_checks.check_numbers(self, LARGEST)
-        percentiles = grid == "percentile"
-        self.sites = ActivationSites(self.shares, percentiles=percentiles, power=self.initial_norm)
+        self.sites = ActivationSites(
+            self.shares, percentiles=grid == "percentile", power=self.initial_norm
+        )
 
     def check(self) -> None:
         """See `Reconstruction.check`; also what the grid, ω and the visual encoder need."""
@@ -154,15 +155,9 @@ class QVLM(StagedReconstruction):
     # Before there are units: the visual encoder (eqs 8-10), dependency (eqs 4-6) ------------------
 
     def preparation(self) -> list[Stage]:
-        """The visual encoder's, if it is touched; ω; then one step per pair of neighbours.
-
-        The last unless nothing asks for their dependency.
-        """
-        pairs = len(self.adapter.block_names) - 1
-        wanted = self.partition_by in ("entropy", "dp") or self.audited > 0
-        survey = [Stage(dependency_survey.STAGE, pairs)] if wanted and pairs else []
-        weights = [Stage(image_weights.STAGE, 1)] if self.image_weight == "mbq" else []
-        return [*visual_encoder.encoder_stages(self), *weights, *survey]
+        """The visual encoder's, if it is touched; ω; the survey, if anything asks for it."""
+        parts = (visual_encoder, image_weights, dependency_survey)
+        return [stage for part in parts for stage in part.stages(self)]
 
     @property
     def vision_activation(self) -> QuantSpec | None:
@@ -233,21 +228,15 @@ class QVLM(StagedReconstruction):
         """As they stand when the search has ended and rounding is learned."""
         unit.layers = self.open_unit(unit)
         if self.rounding != "none":
-            round_weights(unit, learned_rounding(self))
             widest = {name: 0 for names in site_names(self, unit.unit) for name in names}
-            self.sites.place(unit, widest, self.learned_change)
+            let_learn(self, unit, widest)
         return unit.layers
 
     # Stages: joint search (eqs 2 and 3), then learned rounding (ours) -----------------------------
 
     def unit_stages(self, unit: Unit) -> list[Stage]:
         """A search of its ranges, if it has any, then learning, if it is asked for."""
-        searched = any(site_names(self, unit))
-        stages = (
-            [Stage(joint_search.STAGE, joint_search.plan(self, unit).steps)] if searched else []
-        )
-        if self.rounding in ("signround", "adaround"):
-            stages.append(Stage(rounding_behind_search.STAGE, self.steps))
+        stages = [*joint_search.stages(self, unit), *rounding_behind_search.stages(self)]
         return stages or [Stage("nearest", 1)]
 
     def begun(self, stage: Stage) -> OpenStage:

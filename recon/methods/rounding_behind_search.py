@@ -6,6 +6,7 @@
 Either is kept only if the block objective of the hard codes is not above that of the search.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from recon.engine import keep_best, schedules, walk
 from recon.engine.prefixes import target_power, unit_error
-from recon.engine.searched_layers import MakeRounding, rest, round_weights
+from recon.engine.searched_layers import rest, round_weights
 from recon.engine.staged import OpenStage
-from recon.engine.unit import OpenUnit, StageState
-from recon.layers.rounding import AdaptiveRounding, OffsetRounding
+from recon.engine.unit import OpenUnit, Stage, StageState
+from recon.layers.rounding import AdaptiveRounding, OffsetRounding, Rounding
 from recon.quantizers.affine import dequantize
 from recon.quantizers.gptq import gptq_codes
 
@@ -28,6 +29,24 @@ STAGE = "rounding"
 
 SIGN = {"betas": (0.0, 0.0), "eps": 1e-20}
 """Adam without memory is g / |g|: SignSGD. The square of 1e-20 is zero, and 0 / eps no step."""
+
+
+def stages(method: "QVLM") -> list[Stage]:
+    """The configured steps, if anything learns."""
+    learns = method.rounding in ("signround", "adaround")
+    return [Stage(STAGE, method.steps)] if learns else []
+
+
+def let_learn(method: "QVLM", unit: OpenUnit, candidates: Mapping[str, int]) -> None:
+    """Gives the layers of a unit rounding and ranges that learn, from the given candidates on."""
+
+    def rounding(weight: Tensor, scale: Tensor) -> Rounding:
+        if method.rounding == "signround":
+            return OffsetRounding(weight, scale, method.weight, bounds=method.learned_change)
+        return AdaptiveRounding(weight, scale, method.weight)
+
+    round_weights(unit, rounding)
+    method.sites.place(unit, candidates, method.learned_change)
 
 
 class LearnedRounding(OpenStage):
@@ -42,8 +61,7 @@ class LearnedRounding(OpenStage):
         self._method, self._unit = method, method.opened
         self._weigh = partial(method.token_weights, unit=self._unit.unit)
         self._searched = _searched_error(method, self._unit)
-        round_weights(self._unit, learned_rounding(method))
-        method.sites.place(self._unit, method.candidates, method.learned_change)
+        let_learn(method, self._unit, method.candidates)
         power, tokens = target_power(method.frontier, self._weigh)
         self.power = power / method.sample_count
         """Weighted square of a sample's target, on average."""
@@ -109,14 +127,6 @@ class LearnedRounding(OpenStage):
             rest(unit, method.weight, method.sites, method.candidates)
         keep_best.note(unit, self._searched, after, "learned rounding")
         return {}
-
-
-def learned_rounding(method: "QVLM") -> MakeRounding:
-    """Rounding as it starts to learn: to nearest with signround, at the weight with adaround."""
-    if method.rounding == "signround":
-        bounds = method.learned_change
-        return lambda weight, scale: OffsetRounding(weight, scale, method.weight, bounds=bounds)
-    return lambda weight, scale: AdaptiveRounding(weight, scale, method.weight)
 
 
 @torch.no_grad()

@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from recon.methods.q_vlm import QVLM
 
 
-def encoder_stages(method: "QVLM") -> list[Stage]:
+def stages(method: "QVLM") -> list[Stage]:
     """The search of its ranges, if it has any, then the encoder itself; none if it is left."""
     if not (method.quantize_vision or method.veo.enabled):
         return []
     steps = method.veo.epochs * _epoch(method) if method.veo.enabled else 1
-    stages = [Stage(vision.STAGE, steps)]
+    found = [Stage(vision.STAGE, steps)]
     if method.quantize_vision and method.activation is not None:
-        stages.insert(0, Stage(SEARCH_STAGE, 1 + visual_encoder_search.plan(method).steps))
-    return stages
+        found.insert(0, Stage(SEARCH_STAGE, 1 + visual_encoder_search.plan(method).steps))
+    return found
 
 
 def open_encoder(method: "QVLM") -> "QuantisedEncoder":
