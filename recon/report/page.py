@@ -19,9 +19,11 @@ from recon.report.sections import (
     exports,
     layers,
     metrics,
+    plan,
     provenance,
     samples,
     scales,
+    speed,
     tokens,
     units,
 )
@@ -51,6 +53,8 @@ SECTIONS = (
     Section("tokens", "Salient tokens", tokens.build),
     Section("dependency", "Dependency and partition", dependency.build),
     Section("exports", "Exports", exports.build),
+    Section("speed", "Speed", speed.build),
+    Section("plan", "What was planned", plan.build),
     Section("provenance", "How to repeat it", provenance.build),
 )
 """In the order of the page: what a reader judges by first, then how it came about."""

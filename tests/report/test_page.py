@@ -109,6 +109,51 @@ def test_exports_are_those_of_export_json(whole_run: Path, read: Page) -> None:
     assert row[5] == export["runs_as"][0]
 
 
+def test_speeds_are_those_of_the_benchmark(whole_run: Path, read: Page) -> None:
+    found = stored(whole_run, "bench.json")
+    rows = read.table("network")
+    assert len(rows) == len(found["networks"])
+    for network in found["networks"]:
+        assert rows[f"{network['network']}, {network['dtype']}"] == [
+            *([1000 * seconds] for seconds in network["seconds"].values()),
+            [network["disk_bytes"]], [network["peak_bytes"]],
+        ]  # fmt: skip
+    ratios = found["times_faster"]["float32"]
+    assert read.table("times faster than") == {
+        "full precision, float32": [[ratio] for ratio in ratios.values()]
+    }
+    assert "no integer dot products" in read.words
+
+
+def test_a_plan_stands_beside_what_was_taken(whole_run: Path, read: Page) -> None:
+    found, taken = stored(whole_run, "plan.json"), stored(whole_run, "summary.json")
+    rows = read.table("estimate")
+    assert rows["peak memory, host"] == [
+        [found["memory"]["host"]], [taken["peak_memory_bytes"]["host"]]
+    ]  # fmt: skip
+    assert "peak memory, device" not in rows  # the run was planned for a CPU
+    files = (whole_run / "quantized").iterdir()
+    assert rows["quantized/"] == [
+        [found["disk"]["artefacts"]["quantized"]], [sum(f.stat().st_size for f in files)]
+    ]  # fmt: skip
+    for part in ("calibration", "reconstruction"):
+        assert rows[part] == [[found["seconds"][part]], [taken["seconds"][part]]]
+    assert rows["disk at its fullest"] == [[found["disk_peak"]], "–"]
+    assert read.table("as foreseen") == {
+        "native": [[4319511.0], "–"], "torchao": ["–", "rotations; 6-bit inputs"]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "section"), [("bench.json", "speed"), ("plan.json", "plan")])
+def test_what_was_not_measured_has_no_section(
+    name: str, section: str, whole_run: Path, text: str, tmp_path: Path
+) -> None:
+    root = copied(whole_run, tmp_path / "run")
+    (root / name).unlink()
+    assert f'<section id="{section}">' in text
+    assert f'<section id="{section}">' not in text_of(root)
+
+
 def test_the_score_map_marks_the_chosen_candidates_and_says_why(text: str, read: Page) -> None:
     assert text.count('<g class="chosen"><circle') == 2  # one choice in each of two maps
     maps = re.findall(r'<path class="h\d" d="([^"]*)"', text)
