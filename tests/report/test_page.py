@@ -67,6 +67,32 @@ def test_units_have_the_errors_of_the_manifest(whole_run: Path, read: Page) -> N
     )
 
 
+def test_layers_have_the_errors_of_the_manifest(whole_run: Path, text: str, read: Page) -> None:
+    layers = stored(whole_run, "quantized/manifest.json")["layers"]
+    rows = read.table("layer alone")
+    assert {name: row[:2] for name, row in rows.items()} == {
+        name: [[facts["error_before"]], [facts["error_after"]]] for name, facts in layers.items()
+    }
+    better = sum(facts["error_after"] < facts["error_before"] for facts in layers.values())
+    assert 0 < better < len(layers)
+    assert f"{better} of {len(layers)} layers have a smaller error" in read.words
+    (drawing,) = re.findall(r'aria-label="Error of attn1.to_q in.*?</svg>', text, re.DOTALL)
+    blocks = sum(name.endswith("attn1.to_q") for name in layers)
+    assert drawing.count('<circle class="dot') == 2 * blocks
+
+
+def test_a_result_without_errors_of_layers_has_no_section_of_them(
+    whole_run: Path, text: str, tmp_path: Path
+) -> None:
+    root = copied(whole_run, tmp_path / "run")
+    layers = stored(root, "quantized/manifest.json")["layers"]
+    for facts in layers.values():
+        del facts["error_before"], facts["error_after"]
+    change(root / "quantized" / "manifest.json", layers=layers)
+    assert 'id="layer_errors"' in text
+    assert 'id="layer_errors"' not in text_of(root)
+
+
 def test_scales_and_clips_are_those_of_the_tensors(whole_run: Path, read: Page) -> None:
     tensors = load_file(whole_run / "quantized" / "quantized.safetensors")
     rows = read.table("layer")
