@@ -23,6 +23,7 @@ from recon.callbacks.class_grid import ClassGrid
 from recon.callbacks.evaluation import PairedMetrics
 from recon.callbacks.exports import ExportAtEnd
 from recon.callbacks.progress import UnitProgress
+from recon.callbacks.salience import TokenSalience
 from recon.callbacks.samples import MediaLogger, SampleWriter
 from recon.callbacks.summary import RunSummary
 from recon.callbacks.tracking import RunCSVLogger, UnitTracking
@@ -93,7 +94,8 @@ class ReconCLI(LightningCLI):
         trainer = super().instantiate_trainer(
             **kwargs, strategy=strategy, plugins=[*(given["plugins"] or []), AtomicCheckpointIO()]
         )
-        trainer.callbacks.extend([UnitTracking(), RunSummary()])  # type: ignore[attr-defined]
+        own = [UnitTracking(), TokenSalience(), RunSummary()]
+        trainer.callbacks.extend(own)  # type: ignore[attr-defined]
         return trainer
 
     def _refuse_folder(self, root: Path) -> None:

@@ -17,7 +17,7 @@ Call = Callable[[list[str]], tuple[int, str]]
 def test_a_run_leaves_its_configuration_its_results_and_its_metrics(finished_run: Path) -> None:
     names = {path.name for path in finished_run.iterdir()}
     expected = {"calibration", "checkpoints", "config.yaml", "metrics.csv", "quantized"}
-    assert names == expected | {"summary.json"}
+    assert names == expected | {"summary.json", "salience.safetensors"}
     config = yaml.safe_load((finished_run / "config.yaml").read_text())
     assert config["model"]["init_args"]["epochs"] == 1
     assert config["trainer"]["default_root_dir"] == str(finished_run)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from recon.errors import CalibrationError, CheckpointMismatch, ConfigError
 from recon.report.page import page
@@ -324,12 +325,35 @@ def test_the_dependency_of_layers_shows_the_partition(tmp_path: Path) -> None:
     assert text.count('class="mark"') == 1  # the threshold
 
 
-def test_a_run_that_weighs_tokens_says_that_it_keeps_no_picture(
+def test_salient_tokens_are_drawn_frame_by_frame(whole_run: Path, tmp_path: Path) -> None:
+    root = copied(whole_run, tmp_path / "run")
+    numbered = torch.arange(3.0 * 4 * 5).reshape(3, 4, 5) / 7
+    pictures = {f"unit={n:03d}": numbered + n for n in range(9)}
+    save_file(pictures, root / "salience.safetensors")
+    read = Page(text := text_of(root))
+    drawings = re.findall(r'aria-label="Attention that tokens.*?</svg>', text, re.DOTALL)
+    assert len(drawings) == 6
+    for drawing in drawings:
+        cells = re.findall(r'<path class="h(\d)" d="([^"]*)"', drawing)
+        assert sum(path.count("M") for _, path in cells) == numbered.numel()
+        assert {level for level, _ in cells} == set("0123456")
+    # The brightest is the last place of the last frame: no other is as far right.
+    corners = re.findall(r"M([\d.]+) ([\d.]+)", dict(cells)["6"])
+    assert max(map(float, next(zip(*corners, strict=True)))) == pytest.approx(
+        360 - 360 / (3 * 6 - 1), abs=0.05
+    )
+    assert {float(pictures["unit=008"].max()), float(pictures["unit=000"].min())} <= set(
+        read.values
+    )
+    assert "6 of 9 units." in read.words
+
+
+def test_a_run_that_weighs_tokens_and_kept_no_picture_says_why(
     whole_run: Path, text: str, tmp_path: Path
 ) -> None:
     root = copied(whole_run, tmp_path / "run")
     change(root / "quantized" / "manifest.json", method="S2QVDiT")
-    assert "there is no picture of them here" in Page(text_of(root)).words
+    assert "salience.safetensors is not in the run folder" in Page(text_of(root)).words
     assert 'id="tokens"' not in text
 
 
