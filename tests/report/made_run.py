@@ -14,6 +14,7 @@ from tests.export.finished_run import FAMILIES, TOKEN8, Recipe, finished_run
 
 SCRIPT = "<script>document.title = 'taken'</script> & a <b>red</b> circle"
 """A prompt that would be markup."""
+COMMAND = "recon fit --config configs/ptq4dit.yaml --data.prompts 'my <b>prompts</b>.txt'"
 PROMPTS = (SCRIPT, "a blue ring")
 SEEDS = (11, 12)
 STEPS = 6
@@ -32,6 +33,7 @@ def made_run(root: Path, family: str = "dit") -> Path:
     write(root / "summary.json", _summary(len(errors)))
     write(root / "test.json", _evaluation())
     (root / "config.yaml").write_text("# lightning.pytorch==2.6.6\nmodel:\n  note: <b>\n")
+    (root / "command.txt").write_text(f"{COMMAND}\n")
     _write_metrics(root / "metrics.csv", manifest["unit_errors"])
     _write_samples(root / "samples")
     (root / "exports" / "native").mkdir(parents=True)

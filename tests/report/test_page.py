@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from recon.errors import CalibrationError, CheckpointMismatch, ConfigError
 from recon.report.page import page
 from recon.report.run import open_runs
-from tests.report.made_run import LOSSES, SCRIPT, change, copied, made_run, write
+from tests.report.made_run import COMMAND, LOSSES, SCRIPT, change, copied, made_run, write
 from tests.report.reading import Page
 
 
@@ -212,6 +212,13 @@ def test_a_prompt_that_is_markup_stays_text(text: str, read: Page) -> None:
     assert "<script" not in text
     assert read.words.count(SCRIPT) == 2  # as a caption and in the list of prompts
     assert "note: <b>" in read.words
+
+
+def test_the_command_stands_as_it_was_typed(whole_run: Path, read: Page, tmp_path: Path) -> None:
+    assert f"as it was typed:\n{COMMAND}" in read.words
+    root = copied(whole_run, tmp_path / "run")
+    (root / "command.txt").unlink()
+    assert "as it was typed" not in Page(text_of(root)).words
 
 
 def test_every_link_leads_to_a_section(text: str, read: Page) -> None:
