@@ -11,8 +11,8 @@ LEVELS = 7
 """Shades; each holds an equal share of the cells, whatever the scores' distribution."""
 _TALLEST = 16.0
 """Units; height of a row of few."""
-_BESIDE = 4
-"""Frames in a row."""
+_BESIDE = 5
+"""Frames in a row, at most; rows hold as many each as can be."""
 
 Cell = tuple[int, int]
 
@@ -70,15 +70,16 @@ def frames_map(chart_title: str, frames: Sequence[Sequence[Sequence[float]]]) ->
         frames: Values by frame, row and column; all frames share their shades.
     """
     tall, wide = len(frames[0]) + 1, len(frames[0][0]) + 1  # and a gap
-    beside = min(len(frames), _BESIDE)
+    lines = -(-len(frames) // _BESIDE)
+    beside = -(-len(frames) // lines)
     values = {
         (n // beside * tall + row, n % beside * wide + column): value
         for n, frame in enumerate(frames)
-        for row, line in enumerate(frame)
-        for column, value in enumerate(line)
+        for row, cells in enumerate(frame)
+        for column, value in enumerate(cells)
     }
     cell = WIDTH / (beside * wide - 1)
-    height = cell * (-(-len(frames) // beside) * tall - 1)
+    height = cell * (lines * tall - 1)
     parts = [
         f'<path class="h{level}" d="{_cells(cells, 0.0, 0.0, cell, cell)}"/>'
         for level, cells in enumerate(_levels(values))

@@ -14,9 +14,10 @@ from typing import Any, NoReturn
 
 import pytest
 
-from recon.cli import bench, bench_step, export, plan, table
+from recon.cli import export, plan, table
 from recon.cli.main import LIGHTNING_COMMANDS, OWN_COMMANDS
 from recon.export.exporting import FORMATS
+from recon.models.adapter import ModelAdapter
 from tests.cli.command import CONFIGS, REPOSITORY
 
 Call = Callable[[list[str]], tuple[int, str]]
@@ -103,6 +104,12 @@ def test_extras_that_are_installed_are_defined() -> None:
         assert set(names.split(",")) <= set(project["optional-dependencies"])
 
 
+def test_adding_a_family_names_all_that_an_adapter_must_have() -> None:
+    (section,) = re.findall(r"^## A model family is one file$.*?(?=^```)", README, re.S | re.M)
+    assert set(re.findall(r"`(\w+)`", section)) >= ModelAdapter.__abstractmethods__
+    assert len(section.strip().splitlines()) <= 16  # its heading among them
+
+
 # Run ----------------------------------------------------------------------------------------------
 
 
@@ -167,8 +174,8 @@ def test_formats_of_exports_exist(
 def test_options_of_measurements_are_known(
     words: list[str], recon: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench.Finished, "open", begin)
-    monkeypatch.setattr(bench_step, "_network", begin)
+    monkeypatch.setattr("recon.cli.bench.Finished.open", begin)
+    monkeypatch.setattr("recon.cli.bench_step._network", begin)
     with pytest.raises(Reached):
         recon(words)
 
