@@ -27,7 +27,7 @@ STREAMS = ("teacher", "student", "nearest")
 Embed = Callable[[Sample], State]
 """What enters the first block, of a sample."""
 Observe = Callable[[int], AbstractContextManager[None]]
-"""Gives the context around the teacher's forward of a calibration sample."""
+"""Gives the context around a forward of a sample."""
 
 
 @dataclass
@@ -187,13 +187,17 @@ class Frontier:
 
     @torch.no_grad()
     def advance(
-        self, blocks: Sequence[nn.Module], nearest: Sequence[nn.Module]
+        self,
+        blocks: Sequence[nn.Module],
+        nearest: Sequence[nn.Module],
+        observe: Observe | None = None,
     ) -> dict[str, float]:
         """Runs the closed unit over the student's stream and steps to the next boundary.
 
         Args:
             blocks: The unit's quantised blocks.
             nearest: The unit's blocks rounded to nearest.
+            observe: Context entered around the student's forward of a held-out sample.
 
         Returns:
             Relative squared error of the held-out tokens at the new boundary against the
@@ -201,10 +205,12 @@ class Frontier:
         """
         error = torch.zeros(3, dtype=torch.float64, device=self.device)
         for index in self.calibration + self.held_out:
-            student = self.run(blocks, self.state("student", index))
+            held_out = index in self.held_out
+            with observe(index) if observe is not None and held_out else nullcontext():
+                student = self.run(blocks, self.state("student", index))
             self.forwards.student += len(blocks)
             self._put(self.boundary + 1, "student", index, student)
-            if index in self.held_out:
+            if held_out:
                 rounded = self.run(nearest, self.state("nearest", index))
                 self.forwards.nearest += len(nearest)
                 self._put(self.boundary + 1, "nearest", index, rounded)

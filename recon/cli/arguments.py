@@ -1,5 +1,6 @@
 """Arguments that stand for several of Lightning's."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from recon.errors import ConfigError
@@ -14,12 +15,10 @@ def with_run_folder(arguments: list[str]) -> list[str]:
     >>> with_run_folder(["fit", "--config", "a.yaml"])
     ['fit', '--config', 'a.yaml']
     """
-    if "--run" not in arguments:
+    root = run_folder(arguments)
+    if root is None:
         return arguments
     at = arguments.index("--run")
-    if at + 1 == len(arguments):
-        raise ConfigError("--run needs a run folder, such as runs/s2q_vdit.")
-    root = Path(arguments[at + 1])
     config = root / "config.yaml"
     if not config.is_file():
         raise ConfigError(
@@ -35,6 +34,23 @@ def with_run_folder(arguments: list[str]) -> list[str]:
         *([] if "--ckpt_path" in rest else ["--ckpt_path", "last"]),
         *rest,
     ]
+
+
+def run_folder(arguments: Sequence[str]) -> Path | None:
+    """The folder that `--run` names; None without it.
+
+    Raises:
+        ConfigError: No folder follows.
+
+    >>> run_folder(["plan", "--no-probe"]) is None
+    True
+    """
+    if "--run" not in arguments:
+        return None
+    at = arguments.index("--run")
+    if at + 1 == len(arguments):
+        raise ConfigError("--run needs a run folder, such as runs/s2q_vdit.")
+    return Path(arguments[at + 1])
 
 
 def run_name(arguments: list[str]) -> str:

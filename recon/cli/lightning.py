@@ -4,6 +4,7 @@ import logging
 import netrc
 import os
 import secrets
+import shlex
 import signal
 import sys
 import warnings
@@ -23,6 +24,7 @@ from recon.callbacks.class_grid import ClassGrid
 from recon.callbacks.evaluation import PairedMetrics
 from recon.callbacks.exports import ExportAtEnd
 from recon.callbacks.progress import UnitProgress
+from recon.callbacks.salience import TokenSalience
 from recon.callbacks.samples import MediaLogger, SampleWriter
 from recon.callbacks.summary import RunSummary
 from recon.callbacks.tracking import RunCSVLogger, UnitTracking
@@ -45,7 +47,17 @@ size)."""
 
 
 class SavedConfig(SaveConfigCallback):
-    """Writes config.yaml into the run folder and sends it to W&B."""
+    """Writes config.yaml into the run folder and sends it to W&B; command.txt beside it.
+
+    Args:
+        typed: Arguments of the command line as the user gave them.
+        *args: As for every SaveConfigCallback.
+        **kwargs: The same.
+    """
+
+    def __init__(self, *args: Any, typed: list[str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._typed = typed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lightning: only a fit decides what a run is; evaluating it must not change its file."""
@@ -58,6 +70,12 @@ class SavedConfig(SaveConfigCallback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update({"config": text}, allow_val_change=True)
+        root = Path(trainer.default_root_dir)
+        # The line that started the run, not those that continue it.
+        if not written(root) and "--run" not in self._typed:
+            root.mkdir(parents=True, exist_ok=True)
+            line = shlex.join(["recon", *self._typed])
+            (root / "command.txt").write_text(f"{line}\n", encoding="utf-8")
 
 
 class ReconCLI(LightningCLI):
@@ -93,7 +111,8 @@ class ReconCLI(LightningCLI):
         trainer = super().instantiate_trainer(
             **kwargs, strategy=strategy, plugins=[*(given["plugins"] or []), AtomicCheckpointIO()]
         )
-        trainer.callbacks.extend([UnitTracking(), RunSummary()])  # type: ignore[attr-defined]
+        own = [UnitTracking(), TokenSalience(), RunSummary()]
+        trainer.callbacks.extend(own)  # type: ignore[attr-defined]
         return trainer
 
     def _refuse_folder(self, root: Path) -> None:
@@ -241,17 +260,17 @@ class PreparedCLI(ReconCLI):
         """Lightning: nothing."""
 
 
-def run(arguments: list[str]) -> None:
-    """Parses `arguments` and runs the command they name."""
-    _command_line(ReconCLI, arguments)
+def run(arguments: list[str], typed: list[str]) -> None:
+    """Parses `arguments`, which `typed` stands for, and runs the command they name."""
+    _command_line(ReconCLI, arguments, typed)
 
 
 def prepared(arguments: list[str]) -> ReconCLI:
     """Parses `arguments` of a fit; its trainer, module and data module, of which nothing ran."""
-    return _command_line(PreparedCLI, arguments)
+    return _command_line(PreparedCLI, arguments, arguments)
 
 
-def _command_line(kind: type[ReconCLI], arguments: list[str]) -> ReconCLI:
+def _command_line(kind: type[ReconCLI], arguments: list[str], typed: list[str]) -> ReconCLI:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_Chatter())
     warnings.filterwarnings("ignore", message=".*in eval mode.*")  # the teacher belongs there
@@ -270,7 +289,7 @@ def _command_line(kind: type[ReconCLI], arguments: list[str]) -> ReconCLI:
         # recon.cli.main prints what went wrong.
         parser_kwargs={"exit_on_error": False, "description": DESCRIPTION},
         save_config_callback=SavedConfig,
-        save_config_kwargs={"overwrite": True},
+        save_config_kwargs={"overwrite": True, "typed": typed},
         trainer_defaults={
             "default_root_dir": f"runs/{run_name(arguments)}",
             "max_epochs": -1,

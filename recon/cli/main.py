@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Lightning and torch take seconds to import: `compare --help` need not wait for them.
         from recon.cli.lightning import run
 
-        run(with_run_folder(given))
+        run(with_run_folder(given), given)
     except Exception as error:
         said = sentence(error)
         if said is None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from recon.cli.arguments import with_run_folder
+from recon.cli.arguments import run_folder, with_run_folder
 from recon.cli.lightning import prepared
 from recon.cli.plan_tables import show
 from recon.engine.checks import checks
@@ -26,7 +26,7 @@ from recon.export.foreseen import foreseen_exports
 
 
 def plan(arguments: Sequence[str]) -> None:
-    """Prints the plan, and writes it with --json.
+    """Prints the plan, and writes it with --json, or to `plan.json` of the run folder.
 
     Raises:
         ReconError: There is no network to plan for.
@@ -46,14 +46,16 @@ def plan(arguments: Sequence[str]) -> None:
     )
     found, layers = planned(setting, probe=options.probe)
     exports = foreseen_exports(module, layers)
-    if options.json:
+    run = run_folder(rest)
+    file: Path | None = options.json or (run and run / "plan.json")
+    if file is not None:
         content = {
             **asdict(found),
             "quantised_parameters": found.quantised_parameters,
             "disk_peak": found.disk.peak,
             "exports": [asdict(export) for export in exports],
         }
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+        file.write_text(json.dumps(content, indent=2) + "\n")
     show(found, exports)
 
 
@@ -64,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-probe", dest="probe", action="store_false", help="Time nothing; no weight is read."
     )
-    parser.add_argument("--json", type=Path, help="Also write the plan here.")
+    parser.add_argument(
+        "--json", type=Path, help="Also write the plan here; default with --run: RUN/plan.json."
+    )
     return parser
 
 

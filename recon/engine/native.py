@@ -7,9 +7,8 @@ quantized.safetensors   per layer `codes` (int32, packed), `scale`, and where th
 `activation_clip`; per group of layers that share an input the
 transform's `channel_scale`, `left`, `right`, `rotated_scale` and fixed grid, under its first layer;
 per attention whose products are quantised on fixed grids, each operand's step and zero-point
-manifest.json           method, bits and error, units and findings, shapes and owner of each layer,
-fingerprint;
-written last, with a checksum of the other files
+manifest.json           method, bits and error, units and findings; shapes, owner and own error of
+each layer; fingerprint; written last, with a checksum of the other files
 """
 
 import hashlib
@@ -87,6 +86,7 @@ def write_native(module: "Reconstruction", folder: Path) -> None:
                 "in_features": layer.in_features,
                 "activation": layer.activation_spec and asdict(layer.activation_spec),
                 "transform": owners.get(name),
+                **module.layer_errors.get(name, {}),
             }
             for name, layer in layers.items()
         },

@@ -122,6 +122,8 @@ class Reconstruction(LightningModule):
         self.history: list[dict[str, float]] = []
         """Of each closed unit: error of the streams behind it (rounded to nearest, and ours),
         first and last loss, the results of its stages, steps of the run so far, seconds."""
+        self.layer_errors: dict[str, dict[str, float]] = {}
+        """Of each layer of a closed unit, its own error: `error_before` and `error_after`."""
         self.seconds = {"calibration": 0.0, "reconstruction": 0.0}
         self.final_error: dict[str, float] = {}
         self.forwards: dict[str, int] = {}

@@ -60,6 +60,7 @@ def progress(module: "Reconstruction") -> dict[str, Any]:
         "results": module.opened.results if module.opened else {},
         "findings": module.findings,
         "history": module.history,
+        "layer_errors": module.layer_errors,
         "seconds": module.seconds,
         "final_error": module.final_error,
         "forwards": module.forwards,
@@ -94,6 +95,8 @@ def restore(module: "Reconstruction", checkpoint: dict[str, Any]) -> None:
     module.index, module.stage_index = saved["index"], saved["stage"]
     module.first_step = saved["first_step"]
     module.history, module.seconds = saved["history"], saved["seconds"]
+    # Checkpoints of finished runs from before these were kept are still tested and exported.
+    module.layer_errors = saved.get("layer_errors", {})
     module.final_error, module.forwards = saved["final_error"], saved["forwards"]
     state: dict[str, Tensor] = checkpoint["state_dict"]
     _adopt_closed(module, state)

@@ -13,8 +13,10 @@ from recon.calibration.operands import recorded_operands
 from recon.calibration.statistics import UnitRecord, recorded_inputs
 from recon.engine import attention, stage_data
 from recon.engine.assembly import assembled, compile_pays, layer_groups, nearest_layers
+from recon.engine.layer_errors import LayerErrors
 from recon.engine.unit import OpenUnit, StageState, Unit
 from recon.layers.quant_attention import QuantAttention
+from recon.layers.quant_linear import QuantLinear
 from recon.types import State
 
 if TYPE_CHECKING:
@@ -86,7 +88,9 @@ def close_unit(module: "Reconstruction", opened: OpenUnit) -> dict[str, float]:
         products.fold()
     module.quantizers.to(module.run_device)
     nearest = _nearest(module, opened.unit, opened.teacher_blocks)
-    errors = module.frontier.advance(opened.student_blocks, nearest)
+    layers = _layer_errors(opened, nearest)
+    errors = module.frontier.advance(opened.student_blocks, nearest, layers.observed)
+    module.layer_errors |= layers.reduced(module.run_device)
     return {
         "error_before": errors["nearest"],
         "error_after": errors["student"],
@@ -154,6 +158,17 @@ def _nearest(module: "Reconstruction", unit: Unit, blocks: list[nn.Module]) -> l
     students = assembled(unit, blocks, nearest_layers(groups, module.weight, activation))
     _attend(module, unit, students, attention.nearest_attentions(module, unit.blocks))
     return students
+
+
+def _layer_errors(opened: OpenUnit, nearest: list[nn.Module]) -> LayerErrors:
+    rounded = {
+        f"{block}.{name}": part
+        for block, copy in zip(opened.unit.blocks, nearest, strict=True)
+        for name, part in copy.named_modules()
+        if isinstance(part, QuantLinear)
+    }
+    teachers = {name: linear for group in opened.groups for name, linear in group.linears.items()}
+    return LayerErrors(teachers, opened.layers, rounded)
 
 
 def _attend(

@@ -54,6 +54,18 @@ class ExposesAttention(Protocol):
 
 
 @runtime_checkable
+class LaysOutTokens(Protocol):
+    """The tokens of one stream stand on a grid over frames, height and width."""
+
+    def token_grid(self, sample: Sample) -> tuple[slice, tuple[int, int, int]]:
+        """Which of `ModelAdapter.tokens` they are, and frames, rows and columns of their grid.
+
+        They are in the grid's order, columns fastest.
+        """
+        ...
+
+
+@runtime_checkable
 class FoldsScales(Protocol):
     """Channel scales that the layers in front of a linear can take over, at no cost when run.
 

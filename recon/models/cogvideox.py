@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property, partial
+from math import prod
 from typing import Any, NoReturn, cast
 from weakref import WeakValueDictionary
 
@@ -222,6 +223,14 @@ class CogVideoX(ModelAdapter):
         streams = [state[key] for key in self.streamed]
         count = sum(stream.shape[1] for stream in streams)
         return streams[0].new_ones((streams[0].shape[0], count), dtype=torch.bool)
+
+    def token_grid(self, sample: Sample) -> tuple[slice, tuple[int, int, int]]:
+        """The video tokens, a patch of the latents each."""
+        config, text = self._settings, sample["encoder_hidden_states"].shape[1]
+        _, frames, _, height, width = sample["hidden_states"].shape
+        rows, columns = height // config.patch_size, width // config.patch_size
+        grid = (frames // (config.patch_size_t or 1), rows, columns)
+        return slice(text, text + prod(grid)), grid
 
     def call_arguments(self, sample: Sample, device: Device) -> dict[str, Any]:
         """The sample, and the rotary table that the pipeline computes for its shape."""

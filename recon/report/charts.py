@@ -107,7 +107,7 @@ def lines(
         thin = _thinned(points)
         path = "L".join(f"{across(x):g} {up(y):g}" for x, y in thin)
         parts.append(f'<path class="line c{each.style}" d="M{path}"/>')
-        if each.dots:
+        if each.dots or len(thin) == 1:  # no line goes through one point
             parts += [
                 f'<circle class="dot c{each.style}" cx="{across(x):g}" cy="{up(y):g}" r="2.6"/>'
                 for x, y in thin

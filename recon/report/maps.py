@@ -1,4 +1,4 @@
-"""A map of scores: a cell for each prompt and step, of a stronger colour where it is high."""
+"""Maps of values: a cell for each, of a stronger colour where it is high."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +11,8 @@ LEVELS = 7
 """Shades; each holds an equal share of the cells, whatever the scores' distribution."""
 _TALLEST = 16.0
 """Units; height of a row of few."""
+_BESIDE = 5
+"""Frames in a row, at most; rows hold as many each as can be."""
 
 Cell = tuple[int, int]
 
@@ -58,6 +60,32 @@ def score_map(
         f'rotate(-90)">{labels[0]}</text>'
     )
     return chart.drawn(parts)
+
+
+def frames_map(chart_title: str, frames: Sequence[Sequence[Sequence[float]]]) -> Markup:
+    """Frames side by side, some to a row, of a stronger colour where values are high.
+
+    Args:
+        chart_title: For screen readers.
+        frames: Values by frame, row and column; all frames share their shades.
+    """
+    tall, wide = len(frames[0]) + 1, len(frames[0][0]) + 1  # and a gap
+    lines = -(-len(frames) // _BESIDE)
+    beside = -(-len(frames) // lines)
+    values = {
+        (n // beside * tall + row, n % beside * wide + column): value
+        for n, frame in enumerate(frames)
+        for row, cells in enumerate(frame)
+        for column, value in enumerate(cells)
+    }
+    cell = WIDTH / (beside * wide - 1)
+    height = cell * (lines * tall - 1)
+    parts = [
+        f'<path class="h{level}" d="{_cells(cells, 0.0, 0.0, cell, cell)}"/>'
+        for level, cells in enumerate(_levels(values))
+        if cells
+    ]
+    return Chart(chart_title, "", "", height=round(height, 2)).drawn(parts)
 
 
 def _levels(values: Mapping[Cell, float]) -> list[list[Cell]]:

@@ -90,6 +90,12 @@ class Run:
         """config.yaml; empty without one."""
         return yaml.safe_load(self.config_text) or {}
 
+    @cached_property
+    def typed(self) -> str:
+        """The command line that started the run; empty where it was not kept."""
+        path = self.root / "command.txt"
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
     @property
     def finished(self) -> bool:
         """Whether the run wrote all it writes."""

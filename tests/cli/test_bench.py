@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.cli.command import image_arguments
+from tests.report.reading import Page
 
 Call = Callable[[list[str]], tuple[int, str]]
 QUICK = ("--format", "bf16", "--runs", "1")
@@ -51,6 +52,9 @@ def test_step_and_sample_of_both_types_are_timed_and_compared(exported: Path, re
     full = rows["full precision", "float32"]["seconds"]["step, eager"]
     assert found["times_faster"]["float32"]["step, eager"] == pytest.approx(full / fastest)
     assert f"{1000 * full:.1f}" in printed
+    assert recon(["report", "--run", str(exported)])[0] == 0
+    shown = Page((exported / "report.html").read_text()).table("network")
+    assert shown["full precision, float32"][0] == [1000 * full]
 
 
 @pytest.mark.slow

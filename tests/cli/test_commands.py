@@ -1,6 +1,7 @@
 """Commands that work: run folders, `--run`, `--ckpt_path last`, `compare`, every configuration."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +17,18 @@ Call = Callable[[list[str]], tuple[int, str]]
 
 def test_a_run_leaves_its_configuration_its_results_and_its_metrics(finished_run: Path) -> None:
     names = {path.name for path in finished_run.iterdir()}
-    expected = {"calibration", "checkpoints", "config.yaml", "metrics.csv", "quantized"}
-    assert names == expected | {"summary.json"}
+    expected = {"calibration", "checkpoints", "command.txt", "config.yaml", "metrics.csv"}
+    assert names == expected | {"quantized", "salience.safetensors", "summary.json"}
     config = yaml.safe_load((finished_run / "config.yaml").read_text())
     assert config["model"]["init_args"]["epochs"] == 1
     assert config["trainer"]["default_root_dir"] == str(finished_run)
     rows = (finished_run / "metrics.csv").read_text().splitlines()
     assert "unit/error_after" in rows[0]
+
+
+def test_the_command_that_started_a_run_can_be_pasted(finished_run: Path, pipeline: Path) -> None:
+    typed = shlex.split((finished_run / "command.txt").read_text())
+    assert typed == ["recon", *fit_arguments(finished_run, pipeline, "--model.epochs", "1")]
 
 
 def test_last_without_a_checkpoint_says_that_it_starts_anew(
@@ -50,8 +56,8 @@ def test_a_finished_run_continued_does_nothing(
     assert status == 0
     assert result(tmp_path / "run") == before
     assert (tmp_path / "run" / "summary.json").read_bytes() == summary
-    metrics = (tmp_path / "run" / "metrics.csv").read_text()
-    assert metrics == (finished_run / "metrics.csv").read_text()
+    for name in ("metrics.csv", "command.txt"):  # the command that started it
+        assert (tmp_path / "run" / name).read_text() == (finished_run / name).read_text()
 
 
 def test_a_run_folder_that_was_moved_is_still_a_run_folder(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`recon plan`: as a user types it, and beside what fits on the embedded teachers took."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.cli.command import CONFIGS, contents, finished, fit_arguments, image_arguments
+from tests.report.reading import Page
 
 Call = Callable[[list[str]], tuple[int, str]]
 
@@ -129,6 +131,27 @@ def test_a_plan_says_everything_in_eighty_columns_and_writes_nothing(
     ):  # fmt: skip
         assert words in shown
     assert "would refuse this" not in shown
+
+
+def test_the_plan_of_a_run_stays_with_it_and_is_in_its_page(
+    recon: Call, finished_run: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(finished_run, root)
+    status, printed = recon(["plan", "--run", str(root), "--no-probe"])
+    assert status == 0, printed
+    plan = json.loads((root / "plan.json").read_text())
+    summary = json.loads((root / "summary.json").read_text())
+    assert recon(["report", "--run", str(root)])[0] == 0
+    rows = Page((root / "report.html").read_text()).table("estimate")
+    assert rows["peak memory, host"] == [
+        [plan["memory"]["host"]], [summary["peak_memory_bytes"]["host"]]
+    ]  # fmt: skip
+    assert rows["quantized/"] == [
+        [plan["disk"]["artefacts"]["quantized"]], [size_of(root / "quantized")]
+    ]  # fmt: skip
+    assert "calibration" not in rows  # no time was measured
+    assert recon(["plan", "--run"])[0] == 2
 
 
 def test_without_weights_a_plan_is_made_all_the_same(

@@ -62,6 +62,7 @@ class Whole:
     quantized: bytes
     error: dict[str, float]
     history: list[dict[str, float]]
+    layer_errors: dict[str, dict[str, float]]
 
 
 METHODS: dict[str, Make] = {"s2q": s2q, "adaround": adaround, "ptq4dit": ptq4dit}
@@ -78,8 +79,9 @@ def whole(
             root, soft, module = tmp_path_factory.mktemp(name), Soft(), METHODS[name](teacher)
             fit(root, module, samples, soft)
             made[name] = Whole(
-                soft.after, quantized_bytes(root), module.final_error, module.history
-            )
+                soft.after, quantized_bytes(root), module.final_error, module.history,
+                module.layer_errors,
+            )  # fmt: skip
         return made[name]
 
     return run
@@ -114,6 +116,8 @@ def continued(
     assert quantized_bytes(root) == expected.quantized
     assert module.final_error == expected.error
     assert unit_results(module.history) == unit_results(expected.history)
+    assert module.layer_errors == expected.layer_errors
+    assert module.layer_errors
     return sorted(soft.after)
 
 

@@ -409,3 +409,20 @@ def test_a_config_of_another_class_or_depth_is_refused(tmp_path: Path) -> None:
         CogVideoX(str(folder)).check()
     with pytest.raises(WeightsError, match=r"do not fit CogVideoXBlock of CogVideoX"):
         CogVideoX(str(folder)).block("transformer_blocks.0", "cpu")
+
+
+@torch.no_grad()
+def test_the_grid_of_tokens_is_that_of_the_latents(folder: Path) -> None:
+    adapter = CogVideoX(str(folder))
+    sample = tiny_sample(adapter.config)
+    tokens, (frames, rows, columns) = adapter.token_grid(sample)
+    before = adapter.embed(sample, "cpu")
+    assert tokens == adapter.token_streams(before)["video"]
+    # A change of one patch of the latents is seen by the token at its place alone.
+    latents = sample["hidden_states"].clone()
+    pace = latents.shape[1] // frames
+    latents[:, pace * (frames - 1), :, 2, 2 * (columns - 1)] += 1.0
+    after = adapter.embed({**sample, "hidden_states": latents}, "cpu")
+    change = (adapter.tokens(after) - adapter.tokens(before)).abs().sum((0, 2))[tokens]
+    changed = change.reshape(frames, rows, columns).nonzero().tolist()
+    assert changed == [[frames - 1, 1, columns - 1]]

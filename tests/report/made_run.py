@@ -14,6 +14,7 @@ from tests.export.finished_run import FAMILIES, TOKEN8, Recipe, finished_run
 
 SCRIPT = "<script>document.title = 'taken'</script> & a <b>red</b> circle"
 """A prompt that would be markup."""
+COMMAND = "recon fit --config configs/ptq4dit.yaml --data.prompts 'my <b>prompts</b>.txt'"
 PROMPTS = (SCRIPT, "a blue ring")
 SEEDS = (11, 12)
 STEPS = 6
@@ -32,10 +33,13 @@ def made_run(root: Path, family: str = "dit") -> Path:
     write(root / "summary.json", _summary(len(errors)))
     write(root / "test.json", _evaluation())
     (root / "config.yaml").write_text("# lightning.pytorch==2.6.6\nmodel:\n  note: <b>\n")
+    (root / "command.txt").write_text(f"{COMMAND}\n")
     _write_metrics(root / "metrics.csv", manifest["unit_errors"])
     _write_samples(root / "samples")
     (root / "exports" / "native").mkdir(parents=True)
     write(root / "exports" / "native" / "export.json", _export())
+    write(root / "bench.json", _speed())
+    write(root / "plan.json", _plan())
     return root
 
 
@@ -61,6 +65,10 @@ def _history(root: Path) -> dict[str, Any]:
     blocks = list(dict.fromkeys(found[0] for found in numbered if found))
     return {
         "method": "PTQ4DiT",
+        "layers": {
+            name: {**facts, "error_before": 0.01 + 0.001 * n, "error_after": 0.004 * (n + 1)}
+            for n, (name, facts) in enumerate(manifest["layers"].items())
+        },
         "units": {block: [block] for block in blocks},
         "unit_errors": [
             {
@@ -144,6 +152,46 @@ def _export() -> dict[str, Any]:
         },
         "runs_as": ["recon.load: simulation on any hardware, no gain in speed"],
         "notes": [],
+    }
+
+
+def _speed() -> dict[str, Any]:
+    networks = [
+        {
+            "network": name,
+            "dtype": dtype,
+            "disk_bytes": 4318934 + number,
+            "peak_bytes": 637521920 + number,
+            "seconds": {"step, eager": 0.0625 + number, "sample, eager": 1.5 + number},
+        }
+        for number, (name, dtype) in enumerate(
+            [("full precision", "float32"), ("torchao", "float32")]
+        )
+    ]
+    return {
+        "device": "AVX2 CPU",
+        "integer_dot_products": False,
+        "threads": 2,
+        "torch": "2.13.0",
+        "sampling_steps": STEPS,
+        "runs": 5,
+        "networks": networks,
+        "times_faster": {"float32": {"step, eager": 0.0588235, "sample, eager": 0.6}},
+    }
+
+
+def _plan() -> dict[str, Any]:
+    return {
+        "memory": {"host": 693899264, "device": 0},
+        "disk": {"artefacts": {"calibration": 1145030, "quantized": 4269711}},
+        "disk_peak": 9876543,
+        "seconds": {"calibration": 0.75, "reconstruction": 2.5},
+        "why_untimed": "",
+        "exports": [
+            {"format": "native", "bytes": 4319511, "obstacles": []},
+            {"format": "torchao", "bytes": 0, "obstacles": ["rotations", "6-bit inputs"]},
+        ],
+        "refusals": [],
     }
 
 

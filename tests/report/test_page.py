@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from recon.errors import CalibrationError, CheckpointMismatch, ConfigError
 from recon.report.page import page
 from recon.report.run import open_runs
-from tests.report.made_run import LOSSES, SCRIPT, change, copied, made_run, write
+from tests.report.made_run import COMMAND, LOSSES, SCRIPT, change, copied, made_run, write
 from tests.report.reading import Page
 
 
@@ -67,6 +68,32 @@ def test_units_have_the_errors_of_the_manifest(whole_run: Path, read: Page) -> N
     )
 
 
+def test_layers_have_the_errors_of_the_manifest(whole_run: Path, text: str, read: Page) -> None:
+    layers = stored(whole_run, "quantized/manifest.json")["layers"]
+    rows = read.table("layer alone")
+    assert {name: row[:2] for name, row in rows.items()} == {
+        name: [[facts["error_before"]], [facts["error_after"]]] for name, facts in layers.items()
+    }
+    better = sum(facts["error_after"] < facts["error_before"] for facts in layers.values())
+    assert 0 < better < len(layers)
+    assert f"{better} of {len(layers)} layers have a smaller error" in read.words
+    (drawing,) = re.findall(r'aria-label="Error of attn1.to_q in.*?</svg>', text, re.DOTALL)
+    blocks = sum(name.endswith("attn1.to_q") for name in layers)
+    assert drawing.count('<circle class="dot') == 2 * blocks
+
+
+def test_a_result_without_errors_of_layers_has_no_section_of_them(
+    whole_run: Path, text: str, tmp_path: Path
+) -> None:
+    root = copied(whole_run, tmp_path / "run")
+    layers = stored(root, "quantized/manifest.json")["layers"]
+    for facts in layers.values():
+        del facts["error_before"], facts["error_after"]
+    change(root / "quantized" / "manifest.json", layers=layers)
+    assert 'id="layer_errors"' in text
+    assert 'id="layer_errors"' not in text_of(root)
+
+
 def test_scales_and_clips_are_those_of_the_tensors(whole_run: Path, read: Page) -> None:
     tensors = load_file(whole_run / "quantized" / "quantized.safetensors")
     rows = read.table("layer")
@@ -109,6 +136,51 @@ def test_exports_are_those_of_export_json(whole_run: Path, read: Page) -> None:
     assert row[5] == export["runs_as"][0]
 
 
+def test_speeds_are_those_of_the_benchmark(whole_run: Path, read: Page) -> None:
+    found = stored(whole_run, "bench.json")
+    rows = read.table("network")
+    assert len(rows) == len(found["networks"])
+    for network in found["networks"]:
+        assert rows[f"{network['network']}, {network['dtype']}"] == [
+            *([1000 * seconds] for seconds in network["seconds"].values()),
+            [network["disk_bytes"]], [network["peak_bytes"]],
+        ]  # fmt: skip
+    ratios = found["times_faster"]["float32"]
+    assert read.table("times faster than") == {
+        "full precision, float32": [[ratio] for ratio in ratios.values()]
+    }
+    assert "no integer dot products" in read.words
+
+
+def test_a_plan_stands_beside_what_was_taken(whole_run: Path, read: Page) -> None:
+    found, taken = stored(whole_run, "plan.json"), stored(whole_run, "summary.json")
+    rows = read.table("estimate")
+    assert rows["peak memory, host"] == [
+        [found["memory"]["host"]], [taken["peak_memory_bytes"]["host"]]
+    ]  # fmt: skip
+    assert "peak memory, device" not in rows  # the run was planned for a CPU
+    files = (whole_run / "quantized").iterdir()
+    assert rows["quantized/"] == [
+        [found["disk"]["artefacts"]["quantized"]], [sum(f.stat().st_size for f in files)]
+    ]  # fmt: skip
+    for part in ("calibration", "reconstruction"):
+        assert rows[part] == [[found["seconds"][part]], [taken["seconds"][part]]]
+    assert rows["disk at its fullest"] == [[found["disk_peak"]], "–"]
+    assert read.table("as foreseen") == {
+        "native": [[4319511.0], "–"], "torchao": ["–", "rotations; 6-bit inputs"]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "section"), [("bench.json", "speed"), ("plan.json", "plan")])
+def test_what_was_not_measured_has_no_section(
+    name: str, section: str, whole_run: Path, text: str, tmp_path: Path
+) -> None:
+    root = copied(whole_run, tmp_path / "run")
+    (root / name).unlink()
+    assert f'<section id="{section}">' in text
+    assert f'<section id="{section}">' not in text_of(root)
+
+
 def test_the_score_map_marks_the_chosen_candidates_and_says_why(text: str, read: Page) -> None:
     assert text.count('<g class="chosen"><circle') == 2  # one choice in each of two maps
     maps = re.findall(r'<path class="h\d" d="([^"]*)"', text)
@@ -140,6 +212,13 @@ def test_a_prompt_that_is_markup_stays_text(text: str, read: Page) -> None:
     assert "<script" not in text
     assert read.words.count(SCRIPT) == 2  # as a caption and in the list of prompts
     assert "note: <b>" in read.words
+
+
+def test_the_command_stands_as_it_was_typed(whole_run: Path, read: Page, tmp_path: Path) -> None:
+    assert f"as it was typed:\n{COMMAND}" in read.words
+    root = copied(whole_run, tmp_path / "run")
+    (root / "command.txt").unlink()
+    assert "as it was typed" not in Page(text_of(root)).words
 
 
 def test_every_link_leads_to_a_section(text: str, read: Page) -> None:
@@ -253,12 +332,35 @@ def test_the_dependency_of_layers_shows_the_partition(tmp_path: Path) -> None:
     assert text.count('class="mark"') == 1  # the threshold
 
 
-def test_a_run_that_weighs_tokens_says_that_it_keeps_no_picture(
+def test_salient_tokens_are_drawn_frame_by_frame(whole_run: Path, tmp_path: Path) -> None:
+    root = copied(whole_run, tmp_path / "run")
+    numbered = torch.arange(3.0 * 4 * 5).reshape(3, 4, 5) / 7
+    pictures = {f"unit={n:03d}": numbered + n for n in range(9)}
+    save_file(pictures, root / "salience.safetensors")
+    read = Page(text := text_of(root))
+    drawings = re.findall(r'aria-label="Attention that tokens.*?</svg>', text, re.DOTALL)
+    assert len(drawings) == 6
+    for drawing in drawings:
+        cells = re.findall(r'<path class="h(\d)" d="([^"]*)"', drawing)
+        assert sum(path.count("M") for _, path in cells) == numbered.numel()
+        assert {level for level, _ in cells} == set("0123456")
+    # The brightest is the last place of the last frame: no other is as far right.
+    corners = re.findall(r"M([\d.]+) ([\d.]+)", dict(cells)["6"])
+    assert max(map(float, next(zip(*corners, strict=True)))) == pytest.approx(
+        360 - 360 / (3 * 6 - 1), abs=0.05
+    )
+    assert {float(pictures["unit=008"].max()), float(pictures["unit=000"].min())} <= set(
+        read.values
+    )
+    assert "6 of 9 units." in read.words
+
+
+def test_a_run_that_weighs_tokens_and_kept_no_picture_says_why(
     whole_run: Path, text: str, tmp_path: Path
 ) -> None:
     root = copied(whole_run, tmp_path / "run")
     change(root / "quantized" / "manifest.json", method="S2QVDiT")
-    assert "there is no picture of them here" in Page(text_of(root)).words
+    assert "salience.safetensors is not in the run folder" in Page(text_of(root)).words
     assert 'id="tokens"' not in text
 
 

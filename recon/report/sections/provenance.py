@@ -12,6 +12,8 @@ from recon.report.run import Run
 class Provenance:
     """What the section shows."""
 
+    typed: str
+    """Command line that started the run, in the folder it was started in; empty if unknown."""
     again: str
     """Command that makes the run anew from its configuration."""
     config: str
@@ -27,6 +29,7 @@ def build(run: Run) -> Provenance:
     """The section of one run."""
     again = f"recon fit --config config.yaml --trainer.default_root_dir {run.root}-again"
     return Provenance(
+        run.typed,
         again,
         run.config_text.strip(),
         run.manifest.get("fingerprint", {}),
