@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from recon.calibration import ranks
 from recon.calibration.frontier import Frontier
 from recon.calibration.memory import MemoryBudget
-from recon.engine import attention, resume, stage_data, stopping, walk
+from recon.engine import attention, resume, stage_data, stem_and_head, stopping, walk
 from recon.engine.data import CalibrationData
 from recon.engine.fingerprint import refuse_difference
 from recon.engine.gradient import Step, added, averaged, flat_gradient, hand_out, refuse_nan
@@ -23,6 +23,7 @@ from recon.engine.loader import StageLoader, StageSampler, dealt, refuse_uneven
 from recon.engine.placement import needed_bytes, stream_store
 from recon.engine.result import network_error
 from recon.engine.settings import refuse_unsafe_trainer
+from recon.engine.stem_and_head import StemAndHead
 from recon.engine.unit import OpenUnit, Stage, StageState, Unit
 from recon.engine.vision import VisionNetwork
 from recon.errors import ConfigError
@@ -72,6 +73,8 @@ class Reconstruction(LightningModule):
     """What may share a range of activations; for others than token the method finds fixed ones."""
     quantize_vision = False
     """Whether the method quantises the network that turns pictures into features."""
+    stem_and_head: QuantSpec | None = None
+    """Grid of the weights of linears outside the blocks; None leaves them."""
 
     quantizers: nn.ModuleDict
     frontier: Frontier
@@ -105,6 +108,8 @@ class Reconstruction(LightningModule):
         slashes for dots."""
         self.vision: VisionNetwork | None = None
         """What turns pictures into features from now on; None: the teacher's."""
+        self.ends: StemAndHead | None = None
+        """Stem and head of the quantised streams; None: the teacher's."""
         self.units: list[Unit] = []
         self.sample_count = 0
         """Calibration samples over all processes."""
@@ -264,6 +269,16 @@ class Reconstruction(LightningModule):
         """The optimizer over `groups`."""
         return torch.optim.Adam(groups, fused=True)
 
+    def close_outside(self, unit: OpenUnit) -> dict[str, QuantLinear]:
+        """Closed layers for linears of stem or head, on the grid `stem_and_head`, by full name.
+
+        Asked for where `stem_and_head` is set, for each group of one input in turn.
+
+        Args:
+            unit: The group, and what was recorded of its input behind the layers closed before.
+        """
+        raise NotImplementedError
+
     def close_unit(self, unit: OpenUnit) -> None:
         """Turns every layer of the unit into codes; default: what its rounding says."""
         for layer in unit.layers.values():
@@ -334,6 +349,7 @@ class Reconstruction(LightningModule):
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"model.threads must be at least 1 or null, got {self.threads}.")
         self._check_attention()
+        stem_and_head.check(self)
         if self.wants_attention:
             stage_data.exposed_attention(self)
         self.adapter.check()
@@ -424,6 +440,8 @@ class Reconstruction(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Lightning: ranks and data are known, no checkpoint is read yet."""
+        if self.stem_and_head is not None and self.ends is None:
+            self.ends = StemAndHead(self)
         if not self.units:
             self.prepare()
             if not self.preparation():
@@ -446,7 +464,13 @@ class Reconstruction(LightningModule):
         mark = resume.digest(self.fingerprint)
         store = stream_store(self.memory, needed, self.run_device, self.root, mark)
         self.frontier = Frontier(
-            self.adapter, chosen.samples, chosen.held_out, store, self.run_device, self.embed
+            self.adapter,
+            chosen.samples,
+            chosen.held_out,
+            store,
+            self.run_device,
+            self.embed,
+            self.ends,
         )
         self.compiled = walk.compiles(self)
         if self.compiled:
@@ -528,6 +552,8 @@ class Reconstruction(LightningModule):
         self.forwards = vars(self.frontier.forwards).copy()
         self.opened = None
         self.index += 1
+        if self.done and self.ends is not None:
+            self.ends.settle_head()
 
     # Lightning: the steps -------------------------------------------------------------------------
 
@@ -630,5 +656,6 @@ class Reconstruction(LightningModule):
 
     def _registered(self, unit: Unit) -> dict[str, nn.Module]:
         prefixes = tuple(f"{name}." for name in unit.blocks)
+        outside = frozenset() if self.ends is None else self.ends.names
         named = {key.replace("/", "."): part for key, part in self.quantizers.items()}
-        return {name: part for name, part in named.items() if name.startswith(prefixes)}
+        return {n: p for n, p in named.items() if n.startswith(prefixes) and n not in outside}

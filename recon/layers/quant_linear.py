@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from recon.layers.patches import image_of, patches
 from recon.layers.rounding import CLIP_LOGIT_START, NearestRounding, Rounding
 from recon.layers.static_range import on_own_range
 from recon.layers.token_range import TokenRange
@@ -20,6 +21,8 @@ class QuantLinear(nn.Module):
     is learned is a parameter. Closed, it holds packed integer codes and step sizes and nothing of
     the full-precision weight. The full-precision weight is deliberately no buffer: checkpoints
     hold what is learned, not the teacher.
+
+    With a `kernel` it stands for a convolution over patches side by side: each patch is a token.
 
     Args:
         linear: The layer it stands for.
@@ -68,6 +71,7 @@ class QuantLinear(nn.Module):
         self.teacher_weight: Tensor | None = linear.weight.detach()
         self.bias: Tensor | None = None if linear.bias is None else linear.bias.detach()
         self.resident_weight: Tensor | None = None
+        self.kernel: tuple[int, int] | None = None
 
     @property
     def closed(self) -> bool:
@@ -91,7 +95,16 @@ class QuantLinear(nn.Module):
         return dequantize(codes.to(self.scale.dtype), self.scale, self.weight_spec)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Output of the layer, [..., out], in the dtype of `inputs` [..., channels]."""
+        """Output of the layer, [..., out], in the dtype of `inputs` [..., channels].
+
+        With a kernel: from images [batch, channels, height, width] to [batch, out, rows, columns].
+        """
+        if self.kernel is None:
+            return self._product(inputs)
+        product = self._product(patches(inputs, self.kernel))
+        return image_of(product, rows=inputs.shape[-2] // self.kernel[0])
+
+    def _product(self, inputs: Tensor) -> Tensor:
         hidden = inputs if self.transform is None else self.transform(inputs)
         if self.activation_spec is not None and self.activation_spec.strategy != "token":
             hidden = self._on_fixed_grid(hidden.float())
