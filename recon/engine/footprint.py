@@ -127,7 +127,7 @@ def footprint(
     state = adapter.example_state(rows, "meta", dtype)
     apart = {*adapter.streamed, *adapter.shared}
     # Behind a quantised stem every stream has its own.
-    conditioned = mine if module.stem_and_head is None else 2 * mine + -(-held_out // world)
+    conditioned = mine if module.outside_weight is None else 2 * mine + -(-held_out // world)
     return Footprint(
         outside_blocks=(everything - inside) * dtype.itemsize,
         conditioning=conditioned * sum(t.nbytes for name, t in state.items() if name not in apart),

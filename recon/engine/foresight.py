@@ -65,10 +65,10 @@ def closed_layers(module: "Reconstruction", units: list[Unit]) -> dict[str, Quan
             if kind not in templates:
                 templates[kind] = _saved(module, block, groups)
             closed |= _adopted(module, block, groups, templates[kind], module.weight)
-    if module.stem_and_head is None:
+    if module.outside_weight is None:
         return closed
     ends = ends_groups(module)
-    return closed | _adopted(module, "", ends, _saved_ends(module, ends), module.stem_and_head)
+    return closed | _adopted(module, "", ends, _saved_ends(module, ends), module.outside_weight)
 
 
 def _trial(

@@ -45,8 +45,8 @@ def quantised_rows(module: "Reconstruction", units: list[Unit]) -> list[Quantise
     """What becomes codes, by role: in the blocks, then outside of them."""
     inside = (group for unit in units for group in quantised_groups(module, unit))
     rows = _rows(module, inside, module.weight)
-    if module.stem_and_head is not None:
-        rows += _rows(module, ends_groups(module), module.stem_and_head)
+    if module.outside_weight is not None:
+        rows += _rows(module, ends_groups(module), module.outside_weight)
     return rows
 
 
@@ -90,7 +90,9 @@ def left_rows(module: "Reconstruction", quantised: set[str]) -> list[Left]:
         if group.role in module.skip_roles
         for name in group.linears
     }
-    reasons |= {name: f"equal to {first}, kept once" for name, first in copies(module).items()}
+    reasons |= {
+        name: f"quantised and kept once, as {first}" for name, first in copies(module).items()
+    }
     stems = tuple(f"{block}." for block in adapter.block_names)
     network = adapter.empty_network()
     parts: defaultdict[tuple[str, str], list[int]] = defaultdict(list)

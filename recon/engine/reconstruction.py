@@ -73,8 +73,8 @@ class Reconstruction(LightningModule):
     """What may share a range of activations; for others than token the method finds fixed ones."""
     quantize_vision = False
     """Whether the method quantises the network that turns pictures into features."""
-    stem_and_head: QuantSpec | None = None
-    """Grid of the weights of linears outside the blocks; None leaves them."""
+    outside_weight: QuantSpec | None = None
+    """Grid of the weights of linears outside the blocks; None leaves them as they are."""
 
     quantizers: nn.ModuleDict
     frontier: Frontier
@@ -270,9 +270,9 @@ class Reconstruction(LightningModule):
         return torch.optim.Adam(groups, fused=True)
 
     def close_outside(self, unit: OpenUnit) -> dict[str, QuantLinear]:
-        """Closed layers for linears of stem or head, on the grid `stem_and_head`, by full name.
+        """Closed layers for linears of stem or head, on the grid `outside_weight`, by full name.
 
-        Asked for where `stem_and_head` is set, for each group of one input in turn.
+        Asked for where `outside_weight` is set, for each group of one input in turn.
 
         Args:
             unit: The group, and what was recorded of its input behind the layers closed before.
@@ -440,7 +440,7 @@ class Reconstruction(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Lightning: ranks and data are known, no checkpoint is read yet."""
-        if self.stem_and_head is not None and self.ends is None:
+        if self.outside_weight is not None and self.ends is None:
             self.ends = StemAndHead(self)
         if not self.units:
             self.prepare()

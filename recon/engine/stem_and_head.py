@@ -54,7 +54,7 @@ def check(module: "Reconstruction") -> None:
         CapabilityMissing: The adapter does not let them be reached.
         ConfigError: The grid is none for a weight, or does not fit one.
     """
-    spec = module.stem_and_head
+    spec = module.outside_weight
     if spec is None:
         return
     exposed_ends(module.adapter)
@@ -75,7 +75,7 @@ def ends_groups(module: "Reconstruction", network: nn.Module | None = None) -> l
         module: The method.
         network: Has them; None: one without memory.
     """
-    if module.stem_and_head is None:
+    if module.outside_weight is None:
         return []
     adapter = exposed_ends(module.adapter)
     whole = module.adapter.empty_network() if network is None else network
@@ -84,7 +84,7 @@ def ends_groups(module: "Reconstruction", network: nn.Module | None = None) -> l
 
 def nearest_ends(module: "Reconstruction", network: nn.Module) -> dict[str, QuantLinear]:
     """Their round-to-nearest layers, the yardstick, from a network that has them."""
-    spec, groups = module.stem_and_head, ends_groups(module, network)
+    spec, groups = module.outside_weight, ends_groups(module, network)
     if spec is None:
         return {}
     activation = {group.name: module.activation_spec(group.role) for group in groups}
@@ -93,7 +93,7 @@ def nearest_ends(module: "Reconstruction", network: nn.Module) -> dict[str, Quan
 
 def copies(module: "Reconstruction") -> Mapping[str, str]:
     """As `ExposesEnds.copies`; none where stem and head are left."""
-    return {} if module.stem_and_head is None else exposed_ends(module.adapter).copies()
+    return {} if module.outside_weight is None else exposed_ends(module.adapter).copies()
 
 
 def _groups(
@@ -114,7 +114,7 @@ class StemAndHead:
     """Those of the student and of the network rounded to nearest; implements `Ends`.
 
     Args:
-        module: The method, whose `stem_and_head` is set.
+        module: The method, whose `outside_weight` is set.
     """
 
     def __init__(self, module: "Reconstruction") -> None:
@@ -167,8 +167,8 @@ class StemAndHead:
 
     @property
     def _spec(self) -> QuantSpec:
-        assert self._module.stem_and_head is not None
-        return self._module.stem_and_head
+        assert self._module.outside_weight is not None
+        return self._module.outside_weight
 
     @cached_property
     def _parts(self) -> dict[str, nn.Module]:

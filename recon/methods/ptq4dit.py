@@ -75,8 +75,9 @@ class PTQ4DiT(Reconstruction):
             Deviates: the code searches on class 0 behind a quantised prefix; here it is every
             sample's teacher.
         stem_and_head: Grid of the weights outside the blocks: patch convolution, embedder of
-            timesteps, last modulation and output; null leaves them in full precision. Their inputs
-            are those of `activation`. Source: as `weight`, PTQ4DiT. Deviates: `close_outside`.
+            timesteps, last modulation and output. `weight`: that of the blocks (paper); null
+            leaves these layers in full precision. Their inputs have the grid `activation`.
+            Deviates: `close_outside`.
         **kwargs: Arguments of `Reconstruction`.
 
     Raises:
@@ -102,7 +103,7 @@ class PTQ4DiT(Reconstruction):
         step_size: Literal["log", "absolute"] = "log",
         step_lr: float = 1e-3,
         range_tokens: int = 64,
-        stem_and_head: QuantSpec | None = None,
+        stem_and_head: Literal["weight"] | QuantSpec | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -117,6 +118,7 @@ class PTQ4DiT(Reconstruction):
         self.rounding_weight, self.lambda_scaling, self.grid = rounding_weight, lambda_scaling, grid
         self.step_size, self.step_lr, self.range_tokens = step_size, step_lr, range_tokens
         self.stem_and_head = stem_and_head
+        self.outside_weight = self.weight if stem_and_head == "weight" else stem_and_head
         self._tokens = PUBLISHED_TOKENS
 
     @property
@@ -128,7 +130,7 @@ class PTQ4DiT(Reconstruction):
     def wants_tokens(self) -> int:
         """Some tokens of each sample, for fixed ranges and for GPTQ."""
         fixed = self.activation is not None and self.activation.strategy == "tensor"
-        outside = self.reconstruct and self.stem_and_head is not None
+        outside = self.reconstruct and self.outside_weight is not None
         return self.range_tokens if fixed or self._starts_at_gptq or outside else 0
 
     @property
@@ -236,19 +238,20 @@ class PTQ4DiT(Reconstruction):
 
         Deviates from layer_recon.py of the code, which trains stem layers on that error one by one,
         and the two of the head together: here GPTQ lessens it in one pass, and step sizes of
-        inputs stay as searched, because latents, times and classes are no streamed tokens. With
-        `reconstruct` false: to nearest.
+        inputs stay as searched, because latents, times and classes are no streamed tokens. Observed
+        on the embedder of the image teacher, 4 bits, 25 calibrated timesteps: 0.2 of the error of
+        rounding to nearest at the 975 others. With `reconstruct` false: to nearest.
         """
-        assert self.stem_and_head is not None
+        assert self.outside_weight is not None
         (group,) = unit.groups
         transform = self._transform(group, unit)
         gram = self._gram(group, unit, transform) if self.reconstruct else None
         layers = {}
         for name, module in group.linears.items():
             spec, weight = self.activation_spec(group.role), module.weight.float()
-            layer = QuantLinear(module, self.stem_and_head, spec, transform=transform)
-            scale = self._scale(weight, self.stem_and_head)
-            layer.close(self._codes(weight, scale, self.stem_and_head, gram), scale)
+            layer = QuantLinear(module, self.outside_weight, spec, transform=transform)
+            scale = self._scale(weight, self.outside_weight)
+            layer.close(self._codes(weight, scale, self.outside_weight, gram), scale)
             layers[name] = layer
         return layers
 

@@ -112,12 +112,13 @@ def finished_run(root: Path, teacher: Path, family: Family, recipe: Recipe) -> P
     )  # fmt: skip
     for name, products in nearest_attentions(module, adapter.block_names).items():
         module.quantizers[name.replace(".", "/")] = products
-    module.stem_and_head = recipe.stem_and_head
+    module.outside_weight = recipe.stem_and_head
     generator = torch.Generator().manual_seed(0)
     layers = _layers(adapter, recipe, generator)
     for group in ends_groups(module, adapter.network("cpu")):
         for name, linear in group.linears.items():
-            layers[name] = _closed(QuantLinear(linear, module.stem_and_head, recipe.activation))
+            assert recipe.stem_and_head is not None
+            layers[name] = _closed(QuantLinear(linear, recipe.stem_and_head, recipe.activation))
     for name, layer in layers.items():
         module.quantizers[name.replace(".", "/")] = layer
     module.final_error = {"round_to_nearest": 1.0, "reconstructed": 1.0}
