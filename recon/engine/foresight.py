@@ -179,7 +179,7 @@ def _adopted(
     for key, tensor in template.items():
         name = f"{block}{key}"
         layer, _, part = name.rpartition(".")
-        if part in ("codes", "scale") and layer in shapes and tensor.shape[0] == ROWS:
+        if part in ("codes", "scale", "zero_point") and layer in shapes and tensor.shape[0] == ROWS:
             saved[name] = tensor.new_ones(1, 1).expand(shapes[layer][0], tensor.shape[1])
         else:
             saved[name] = tensor.detach()  # an object of its own: it counts in every block

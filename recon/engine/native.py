@@ -3,10 +3,10 @@
 config.json             the network's own configuration
 network.safetensors     every tensor that is not quantised: norms, biases, tables, what stands
 outside the blocks unless it is quantised too, as they are or as the run tuned them
-quantized.safetensors   per layer `codes` (int32, packed), `scale`, and where there is one
-`activation_clip`; per group of layers that share an input the
-transform's `channel_scale`, `left`, `right`, `rotated_scale` and fixed grid, under its first layer;
-per attention whose products are quantised on fixed grids, each operand's step and zero-point
+quantized.safetensors   per layer `codes` (int32, packed), `scale`, and where there are any
+`zero_point` (int8, of signed codes) and `activation_clip`; per group of layers that share an input
+the transform's `channel_scale`, `left`, `right`, `rotated_scale` and fixed grid, under its first
+layer; per attention whose products are quantised on fixed grids, each operand's step and zero-point
 manifest.json           method, bits and error, units and findings, shapes, grids and owner of each
 layer, places where a layer stands once more, fingerprint;
 written last, with a checksum of the other files
@@ -114,7 +114,7 @@ def _tensors(layers: dict[str, QuantLinear]) -> tuple[dict[str, Tensor], dict[st
     owner_of: dict[int, str] = {}
     owners: dict[str, str] = {}
     for name, layer in layers.items():
-        for key in ("codes", "scale", "activation_clip"):
+        for key in ("codes", "scale", "zero_point", "activation_clip"):
             value = getattr(layer, key)
             if value is not None:
                 tensors[f"{name}.{key}"] = value.cpu().contiguous()

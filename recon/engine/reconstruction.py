@@ -71,6 +71,8 @@ class Reconstruction(LightningModule):
 
     activation_strategies: ClassVar[tuple[Strategy, ...]] = ("token",)
     """What may share a range of activations; for others than token the method finds fixed ones."""
+    asymmetric_weights: ClassVar[bool] = False
+    """Whether the method finds zero-points of weights."""
     quantize_vision = False
     """Whether the method quantises the network that turns pictures into features."""
     outside_weight: QuantSpec | None = None
@@ -337,11 +339,7 @@ class Reconstruction(LightningModule):
                 f"of {type(self).__name__} take {' or '.join(allowed)} (token with dynamic: true), "
                 f"got {found}. Change model.weight or model.activation."
             )
-        if not self.weight.symmetric:
-            raise ConfigError(
-                "model.weight.symmetric is false, but weights have no zero-point here: asymmetric "
-                "4-bit weights do not reload in transformers. Set it to true."
-            )
+        self._check_zero_points()
         if self.batch_size < 1:
             raise ConfigError(f"model.batch_size must be at least 1, got {self.batch_size}.")
         if self.micro_batch < 1:
@@ -353,6 +351,21 @@ class Reconstruction(LightningModule):
         if self.wants_attention:
             stage_data.exposed_attention(self)
         self.adapter.check()
+
+    def _check_zero_points(self) -> None:
+        for grid in (self.weight, self.outside_weight or self.weight):
+            if grid.symmetric:
+                continue
+            if not self.asymmetric_weights:
+                raise ConfigError(
+                    f"model.weight.symmetric is false, but {type(self).__name__} finds no "
+                    "zero-points of weights. Set it to true, or use PTQ4DiT."
+                )
+            if grid.strategy != "channel":
+                raise ConfigError(
+                    f"symmetric is false with strategy {grid.strategy}, but weights have a "
+                    "zero-point for each output channel. Set strategy: channel."
+                )
 
     def _check_attention(self) -> None:
         if not self.quantize_attention:

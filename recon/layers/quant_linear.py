@@ -5,7 +5,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from recon.layers.patches import image_of, patches
-from recon.layers.rounding import CLIP_LOGIT_START, NearestRounding, Rounding
+from recon.layers.rounding import (
+    CLIP_LOGIT_START,
+    AdaptiveRounding,
+    NearestRounding,
+    Rounding,
+)
 from recon.layers.static_range import on_own_range
 from recon.layers.token_range import TokenRange
 from recon.layers.transform import InputTransform
@@ -40,6 +45,7 @@ class QuantLinear(nn.Module):
 
     codes: Tensor | None
     scale: Tensor | None
+    zero_point: Tensor | None
     activation_clip: Tensor | None
 
     def __init__(
@@ -66,7 +72,7 @@ class QuantLinear(nn.Module):
         self.activation_clip_logits = (
             nn.Parameter(torch.full((2,), clip_start)) if learn_activation_clip else None
         )
-        for name in ("codes", "scale", "activation_clip"):
+        for name in ("codes", "scale", "zero_point", "activation_clip"):
             self.register_buffer(name, None)
         self.teacher_weight: Tensor | None = linear.weight.detach()
         self.bias: Tensor | None = None if linear.bias is None else linear.bias.detach()
@@ -92,7 +98,10 @@ class QuantLinear(nn.Module):
             assert self.rounding is not None
             return self.rounding(self.transformed_weight())
         codes = unpack(self.codes, self.weight_spec.num_bits, self.in_features)
-        return dequantize(codes.to(self.scale.dtype), self.scale, self.weight_spec)
+        codes = codes.to(self.scale.dtype)
+        if self.zero_point is not None:
+            codes = codes - self.zero_point
+        return dequantize(codes, self.scale, self.weight_spec)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Output of the layer, [..., out], in the dtype of `inputs` [..., channels].
@@ -143,9 +152,18 @@ class QuantLinear(nn.Module):
         return weight
 
     @torch.no_grad()
-    def close(self, codes: Tensor, scale: Tensor) -> None:
-        """Replaces the weight by `codes` (integers, [out, channels]) and `scale`."""
+    def close(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> None:
+        """Replaces the weight by `codes` (integers, [out, channels]) and `scale`.
+
+        Args:
+            codes: Signed, also on an asymmetric grid.
+            scale: Step sizes.
+            zero_point: Code of zero in each row, [out, 1]; None: that of the rounding, if any.
+        """
         self.fold()
+        if zero_point is None and isinstance(self.rounding, AdaptiveRounding):
+            zero_point = self.rounding.zero_point
+        self.zero_point = None if zero_point is None else zero_point.detach().to(torch.int8)
         self.codes = pack(codes, self.weight_spec.num_bits)
         self.scale = scale.detach().float().clone()
         self.rounding = None
@@ -154,6 +172,7 @@ class QuantLinear(nn.Module):
     def adopt(self, tensors: dict[str, Tensor], transform: InputTransform | None) -> None:
         """Becomes the closed layer that these saved tensors describe."""
         self.codes, self.scale = tensors["codes"], tensors["scale"]
+        self.zero_point = tensors.get("zero_point")
         self.activation_clip = tensors.get("activation_clip")
         self.activation_clip_logits = self.activation_range = None
         self.transform = transform

@@ -34,7 +34,7 @@ from recon.losses.reconstruction import token_weighted_error
 from recon.quantizers.affine import absmax_scale, fake_quantize_tokens, weight_range
 from recon.quantizers.affine import codes as nearest_codes
 from recon.quantizers.gptq import gptq_codes
-from recon.quantizers.ranges import mse_clip_ratio, static_range_errors
+from recon.quantizers.ranges import mse_clip_ratio, mse_zero_points, static_range_errors
 from recon.quantizers.salience import Aggregation, aggregate, balance_scale, weight_salience
 from recon.quantizers.spec import QuantSpec, Strategy
 
@@ -85,6 +85,7 @@ class PTQ4DiT(Reconstruction):
     """
 
     activation_strategies: ClassVar[tuple[Strategy, ...]] = ("token", "tensor")
+    asymmetric_weights: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -250,28 +251,40 @@ class PTQ4DiT(Reconstruction):
         for name, module in group.linears.items():
             spec, weight = self.activation_spec(group.role), module.weight.float()
             layer = QuantLinear(module, self.outside_weight, spec, transform=transform)
-            scale = self._scale(weight, self.outside_weight)
-            layer.close(self._codes(weight, scale, self.outside_weight, gram), scale)
+            scale, zero_point = self._row_grid(weight, self.outside_weight)
+            codes = self._codes(weight, scale, zero_point, self.outside_weight, gram)
+            layer.close(codes, scale, zero_point)
             layers[name] = layer
         return layers
 
-    def _scale(self, weight: Tensor, spec: QuantSpec) -> Tensor:
-        return absmax_scale(
-            weight_range(weight, spec) * mse_clip_ratio(weight, spec, self.grid), spec
-        )
+    def _row_grid(self, weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+        """Searched step sizes, and zero-points where the grid has them."""
+        if not spec.symmetric:
+            return mse_zero_points(weight, spec, self.grid)
+        absmax = weight_range(weight, spec) * mse_clip_ratio(weight, spec, self.grid)
+        return absmax_scale(absmax, spec), None
 
     @staticmethod
-    def _codes(weight: Tensor, scale: Tensor, spec: QuantSpec, gram: Tensor | None) -> Tensor:
+    def _codes(
+        weight: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        spec: QuantSpec,
+        gram: Tensor | None,
+    ) -> Tensor:
+        """Signed codes by GPTQ, without correlations to nearest."""
+        # Rows shifted by whole steps: what GPTQ passes on from column to column stays the same.
+        shifted = weight if zero_point is None else weight + scale * zero_point
         if gram is None:
-            return nearest_codes(weight, scale, spec)
-        return gptq_codes(weight, gram, scale, spec)
+            return nearest_codes(shifted, scale, spec.signed)
+        return gptq_codes(shifted, gram, scale, spec.signed)
 
     def _rounding(self, weight: Tensor, gram: Tensor | None) -> AdaptiveRounding:
-        scale = self._scale(weight, self.weight)
+        scale, zero_point = self._row_grid(weight, self.weight)
         codes = None
         if self._starts_at_gptq:
-            codes = self._codes(weight, scale, self.weight, gram)
-        return AdaptiveRounding(weight, scale, self.weight, codes)
+            codes = self._codes(weight, scale, zero_point, self.weight, gram)
+        return AdaptiveRounding(weight, scale, self.weight, codes, zero_point)
 
     # Training: AdaRound on block outputs --------------------------------------------------------
 

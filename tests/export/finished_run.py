@@ -22,6 +22,8 @@ from recon.models.cogvideox import CogVideoX
 from recon.models.dit import DiT
 from recon.models.llava import Llava
 from recon.models.qwen_vl import Qwen2VL
+from recon.quantizers.affine import codes
+from recon.quantizers.ranges import mse_zero_points
 from recon.quantizers.spec import QuantSpec
 from recon.quantizers.transforms import KroneckerTransform, kronecker_split
 from recon.types import Sample
@@ -157,9 +159,13 @@ def _layers(
 
 
 def _closed(layer: QuantLinear) -> QuantLinear:
-    weight = layer.fold()
+    weight, spec = layer.fold(), layer.weight_spec
     assert layer.rounding is not None
-    layer.close(*layer.rounding.close(weight))
+    if spec.symmetric:
+        layer.close(*layer.rounding.close(weight))
+    else:
+        step, zero_point = mse_zero_points(weight, spec)
+        layer.close(codes(weight + step * zero_point, step, spec.signed), step, zero_point)
     return layer
 
 
