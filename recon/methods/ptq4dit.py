@@ -240,8 +240,8 @@ class PTQ4DiT(Reconstruction):
         Deviates from layer_recon.py of the code, which trains stem layers on that error one by one,
         and the two of the head together: here GPTQ lessens it in one pass, and step sizes of
         inputs stay as searched, because latents, times and classes are no streamed tokens. Observed
-        on the embedder of the image teacher, 4 bits, 25 calibrated timesteps: 0.2 of the error of
-        rounding to nearest at the 975 others. With `reconstruct` false: to nearest.
+        on the image teacher, blocks in full precision, 4 bits on fixed ranges: an output error of
+        7.5e-3, to nearest 1.4e-2. With `reconstruct` false: to nearest.
         """
         assert self.outside_weight is not None
         (group,) = unit.groups

@@ -366,8 +366,8 @@ def test_stem_and_head_are_those_of_the_network_and_can_be_replaced(folder: Path
     state = adapter.embed(sample, "cpu")
     for group in groups:
         for name in group.linears:
-            weight = network.get_submodule(name).weight
-            assert torch.equal(ends.get_submodule(name).weight, weight)
+            weight = f"{name}.weight"
+            assert torch.equal(ends.get_parameter(weight), network.get_parameter(weight))
     for name, first in adapter.copies().items():
         one, other = (network.get_parameter(f"{linear}.weight") for linear in (name, first))
         assert torch.equal(one, other)
