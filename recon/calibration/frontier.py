@@ -12,6 +12,7 @@ Each unit costs one full-precision and one quantised forward per sample, 2L for 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,21 @@ Embed = Callable[[Sample], State]
 """What enters the first block, of a sample."""
 Observe = Callable[[int], AbstractContextManager[None]]
 """Gives the context around a forward of a sample."""
+
+
+class Ends(Protocol):
+    """What streams other than the teacher's have in front of the first block and behind the last.
+
+    Its forwards are no block forwards, and are not counted.
+    """
+
+    def embed(self, stream: str, sample: Sample) -> State:
+        """What enters the first block in that stream."""
+        ...
+
+    def output(self, stream: str, sample: Sample, state: State) -> Tensor:
+        """The network's output in that stream, from the state that leaves the last block."""
+        ...
 
 
 @dataclass
@@ -52,6 +68,8 @@ class Frontier:
         store: Keeps the activations.
         device: Where blocks run.
         embed: Makes what enters the first block; None: the adapter.
+        ends: The same for streams other than the teacher's, and their outputs; None: all streams
+            enter and leave the chain of blocks as the teacher's does.
     """
 
     def __init__(
@@ -62,16 +80,18 @@ class Frontier:
         store: StreamStore,
         device: torch.device,
         embed: Embed | None = None,
+        ends: Ends | None = None,
     ) -> None:
         self._adapter, self._store, self.device = adapter, store, device
         self._embed = embed or (lambda sample: adapter.embed(sample, device))
+        self._ends = ends
         self._samples, self._held_out = samples, held_out
         count = len(samples)
         self.calibration = [i for i in range(count) if self._mine(i)]
         self.held_out = [count + i for i in range(len(held_out)) if self._mine(i)]
         self.boundary = 0
         self.forwards = BlockForwards()
-        self._conditioning: dict[int, State] = {}
+        self._conditioning: dict[tuple[str, int], State] = {}
         self._inner = range(0)
 
     @staticmethod
@@ -94,15 +114,17 @@ class Frontier:
         restored = boundary > 0 and self._everywhere(self._store.restorable(boundary, STREAMS))
         self.boundary = boundary if restored else 0
         for index in self.calibration + self.held_out:
-            state = self._embed(self.sample(index))
-            streamed = {name: state[name] for name in self._adapter.streamed}
-            self._conditioning[index] = {k: v for k, v in state.items() if k not in streamed}
-            if restored:
-                continue
-            self._put(0, "teacher", index, streamed)
-            self._put(0, "student", index, streamed)
-            if index in self.held_out:
-                self._put(0, "nearest", index, streamed)
+            sample = self.sample(index)
+            teacher = self._embed(sample)
+            for stream in STREAMS if index in self.held_out else STREAMS[:-1]:
+                ends = None if stream == "teacher" else self._ends
+                state = teacher if ends is None else ends.embed(stream, sample)
+                streamed = {name: state[name] for name in self._adapter.streamed}
+                if state is not teacher or stream == "teacher":
+                    rest = {k: v for k, v in state.items() if k not in streamed}
+                    self._conditioning[stream, index] = rest
+                if not restored:
+                    self._put(0, stream, index, streamed)
         if not restored:
             for stream in STREAMS:
                 self._store.finish(0, stream)
@@ -111,7 +133,12 @@ class Frontier:
     def state(self, stream: str, index: int) -> State:
         """What enters the open unit, conditioning included."""
         held = self._store.get(self.boundary, stream, index, self.device)
-        return {**self._conditioning[index], **held}
+        return {**self._beside(stream, index), **held}
+
+    def _beside(self, stream: str, index: int) -> State:
+        """The conditioning of a stream: the teacher's, where it has none of its own."""
+        teacher = self._conditioning["teacher", index]
+        return self._conditioning.get((stream, index), teacher)
 
     def target(self, index: int, depth: int | None = None) -> Tensor:
         """Tokens that leave the open unit in the teacher, [batch, tokens, channels].
@@ -123,7 +150,7 @@ class Frontier:
         inside = depth in self._inner
         boundary, stream = self.boundary + (not inside), f"inner={depth}" if inside else "teacher"
         held = self._store.get(boundary, stream, index, self.device)
-        return self._adapter.tokens({**self._conditioning[index], **held})
+        return self._adapter.tokens({**self._beside("teacher", index), **held})
 
     def keep(self, name: str, index: int, state: State) -> None:
         """Keeps a further state of a sample, for `state`, until the unit is closed."""
@@ -135,7 +162,10 @@ class Frontier:
 
     def final(self, stream: str, index: int) -> Tensor:
         """Output of the whole network for a sample, once every unit was passed."""
-        return self._adapter.output(self.sample(index), self.state(stream, index), self.device)
+        sample, state = self.sample(index), self.state(stream, index)
+        if self._ends is None or stream == "teacher":
+            return self._adapter.output(sample, state, self.device)
+        return self._ends.output(stream, sample, state)
 
     @torch.no_grad()
     def record(

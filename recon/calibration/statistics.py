@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from recon.calibration import ranks
 from recon.errors import NumericsError
+from recon.layers.patches import patches
 
 
 @dataclass
@@ -94,7 +95,8 @@ def recorded_inputs(
     """Adds what enters each of `linears` to `record` while the context is open.
 
     Args:
-        linears: The first linear of each input group, by name.
+        linears: The first linear of each input group, by name; of a convolution over patches the
+            input is what its patches hold.
         record: Filled in place.
         with_gram: Names whose Gram matrix is wanted too.
         tokens: How many tokens of each forward are kept, evenly spaced, with both ends of every
@@ -103,7 +105,9 @@ def recorded_inputs(
     """
     wanted = set(with_gram)
 
-    def observe(name: str, inputs: Tensor) -> None:
+    def observe(name: str, layer: nn.Module, inputs: Tensor) -> None:
+        if isinstance(layer, nn.Conv2d):
+            inputs = patches(inputs, (layer.kernel_size[0], layer.kernel_size[1]))
         record.see(name, inputs, row=row, tokens=tokens)
         if name in wanted:
             rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
@@ -114,7 +118,7 @@ def recorded_inputs(
 
     handles = [
         linear.register_forward_pre_hook(
-            lambda _module, arguments, name=name: observe(name, arguments[0])
+            lambda module, arguments, name=name: observe(name, module, arguments[0])
         )
         for name, linear in linears.items()
     ]

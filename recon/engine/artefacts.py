@@ -12,6 +12,7 @@ from recon.engine.data import CalibrationData
 from recon.engine.footprint import stream_needs, stream_place
 from recon.engine.foresight import closed_layers, opened_layers
 from recon.engine.result import linear_bytes
+from recon.engine.stem_and_head import copies
 from recon.engine.unit import Unit
 from recon.errors import BudgetError
 from recon.layers.quant_linear import QuantLinear
@@ -50,16 +51,17 @@ class Artefacts:
         return self.calibration + max(self.candidates, self.checkpoints + self.quantized)
 
 
-def unquantized_bytes(adapter: ModelAdapter, layers: dict[str, QuantLinear]) -> int:
+def unquantized_bytes(module: "Reconstruction", layers: dict[str, QuantLinear]) -> int:
     """Bytes of the tensors that a result keeps as they are stored."""
+    adapter, replaced = module.adapter, {*layers, *copies(module)}
     shapes = {n: tuple(t.shape) for n, t in adapter.empty_network().state_dict().items()}
-    kept = (shape for name, shape in shapes.items() if name.removesuffix(".weight") not in layers)
+    kept = (shape for name, shape in shapes.items() if name.removesuffix(".weight") not in replaced)
     return adapter.stored_dtype.itemsize * sum(prod(shape) for shape in kept)
 
 
-def quantized_bytes(adapter: ModelAdapter, layers: dict[str, QuantLinear]) -> int:
+def quantized_bytes(module: "Reconstruction", layers: dict[str, QuantLinear]) -> int:
     """Bytes of `quantized/`."""
-    return linear_bytes(layers.values())["quantized"] + unquantized_bytes(adapter, layers)
+    return linear_bytes(layers.values())["quantized"] + unquantized_bytes(module, layers)
 
 
 def calibration_bytes(data: CalibrationData, adapter: ModelAdapter, dtype: torch.dtype) -> int:
@@ -96,7 +98,7 @@ def artefacts(
         calibration=calibration_bytes(data, adapter, dtype),
         candidates=data.sampling.spilled * data.sample_bytes(adapter, dtype),
         checkpoints=CHECKPOINTS * checkpoint,
-        quantized=quantized_bytes(adapter, layers),
+        quantized=quantized_bytes(module, layers),
     )
 
 

@@ -55,6 +55,26 @@ def assembled(
     return students
 
 
+def placed_in(
+    network: nn.Module, layers: Mapping[str, QuantLinear], copies: Mapping[str, str] | None = None
+) -> nn.Module:
+    """`network`, each of `layers` in the place of the linear or convolution of its name, in place.
+
+    Args:
+        network: A network, or a tree with the names of one; layers take their biases from it.
+        layers: By full name.
+        copies: Further places, by the name of the layer that is put there as well.
+    """
+    for name, layer in layers.items():
+        replaced = network.get_submodule(name)
+        assert isinstance(replaced, nn.Linear | nn.Conv2d), f"{name} is a {type(replaced).__name__}"
+        layer.bias = None if replaced.bias is None else replaced.bias.detach()
+        if isinstance(replaced, nn.Conv2d):
+            layer.kernel = (replaced.kernel_size[0], replaced.kernel_size[1])
+    further = {place: layers[name] for place, name in (copies or {}).items() if name in layers}
+    return replace(network, {**layers, **further})
+
+
 def nearest_layers(
     groups: Sequence[LayerGroup], weight: QuantSpec, activation: dict[str, QuantSpec | None]
 ) -> dict[str, QuantLinear]:
@@ -72,7 +92,7 @@ def adopted(
     saved: Mapping[str, Tensor],
     linears: Mapping[str, tuple[int, int]],
     groups: Sequence[Sequence[str]],
-    weight: QuantSpec,
+    weight: Mapping[str, QuantSpec],
     activation: Mapping[str, QuantSpec | None],
 ) -> dict[str, QuantLinear]:
     """Closed layers rebuilt from saved tensors.
@@ -82,7 +102,7 @@ def adopted(
             `transformer_blocks.0.ff.net.2.codes`. Layers that share a transform each name it.
         linears: (out, in_) of the layers to rebuild.
         groups: Names of layers that share their transform.
-        weight: Grid of the weights.
+        weight: Grid of the weight of each layer.
         activation: Grid of the input of each layer.
     """
     layers: dict[str, QuantLinear] = {}
@@ -96,7 +116,7 @@ def adopted(
                 transform = InputTransform.closed(*parts, spec=activation[name])
             out, in_ = linears[name]
             empty = nn.Linear(in_, out, bias=False, device="meta")
-            layers[name] = QuantLinear(empty, weight, activation[name])
+            layers[name] = QuantLinear(empty, weight[name], activation[name])
             layers[name].adopt(tensors, transform)
     return layers
 

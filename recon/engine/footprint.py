@@ -126,9 +126,11 @@ def footprint(
     blocks = (adapter.empty_block(name) for name in unit.blocks)
     state = adapter.example_state(rows, "meta", dtype)
     apart = {*adapter.streamed, *adapter.shared}
+    # Behind a quantised stem every stream has its own.
+    conditioned = mine if module.outside_weight is None else 2 * mine + -(-held_out // world)
     return Footprint(
         outside_blocks=(everything - inside) * dtype.itemsize,
-        conditioning=mine * sum(t.nbytes for name, t in state.items() if name not in apart),
+        conditioning=conditioned * sum(t.nbytes for name, t in state.items() if name not in apart),
         unit_weights=sum(p.numel() for b in blocks for p in b.parameters()) * dtype.itemsize,
         learned=LEARNED * 4 * _elements(layers.values(), learned=True),
         fixed=4 * _elements(layers.values(), learned=False),

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from recon.calibration.statistics import UnitRecord
 from recon.engine.assembly import adopted, layer_groups
+from recon.engine.stem_and_head import ends_groups
 from recon.engine.unit import LayerGroup, OpenUnit, Unit
 from recon.layers.quant_linear import QuantLinear
+from recon.quantizers.spec import QuantSpec
 
 if TYPE_CHECKING:
     from recon.engine.reconstruction import Reconstruction
@@ -62,8 +64,11 @@ def closed_layers(module: "Reconstruction", units: list[Unit]) -> dict[str, Quan
             )
             if kind not in templates:
                 templates[kind] = _saved(module, block, groups)
-            closed |= _adopted(module, block, groups, templates[kind])
-    return closed
+            closed |= _adopted(module, block, groups, templates[kind], module.weight)
+    if module.outside_weight is None:
+        return closed
+    ends = ends_groups(module)
+    return closed | _adopted(module, "", ends, _saved_ends(module, ends), module.outside_weight)
 
 
 def _trial(
@@ -72,12 +77,15 @@ def _trial(
     """Layers as the method opens them, on linears of `ROWS` outputs."""
     with torch.random.fork_rng(devices=[]):  # planning must not move the run's random state
         torch.manual_seed(0)
-        thin = [
-            LayerGroup(group.name, group.role, {n: _thin(m) for n, m in group.linears.items()})
-            for group in groups
-        ]
-        opened = OpenUnit(unit, thin, [], _record(module, unit, thin))
-        return module.foreseen_layers(opened)
+        return module.foreseen_layers(_thin_unit(module, unit, groups))
+
+
+def _thin_unit(module: "Reconstruction", unit: Unit, groups: list[LayerGroup]) -> OpenUnit:
+    thin = [
+        LayerGroup(group.name, group.role, {n: _thin(m) for n, m in group.linears.items()})
+        for group in groups
+    ]
+    return OpenUnit(unit, thin, [], _record(module, thin))
 
 
 def _thin(linear: nn.Linear) -> nn.Linear:
@@ -85,7 +93,7 @@ def _thin(linear: nn.Linear) -> nn.Linear:
     return made.requires_grad_(False)
 
 
-def _record(module: "Reconstruction", unit: Unit, groups: list[LayerGroup]) -> UnitRecord:
+def _record(module: "Reconstruction", groups: list[LayerGroup]) -> UnitRecord:
     """Statistics of inputs of size one."""
     record = UnitRecord()
     widths = {group.name: next(iter(group.linears.values())).in_features for group in groups}
@@ -140,11 +148,25 @@ def _saved(module: "Reconstruction", block: str, groups: list[LayerGroup]) -> di
     }
 
 
+@torch.no_grad()
+def _saved_ends(module: "Reconstruction", groups: list[LayerGroup]) -> dict[str, Tensor]:
+    """The same of stem and head, by full name."""
+    saved: dict[str, Tensor] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for group in groups:
+            unit = _thin_unit(module, Unit(group.name, ()), [group])
+            for name, layer in module.close_outside(unit).items():
+                saved |= {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
+    return saved
+
+
 def _adopted(
     module: "Reconstruction",
     block: str,
     groups: list[LayerGroup],
     template: dict[str, Tensor],
+    weight: QuantSpec,
 ) -> dict[str, QuantLinear]:
     shapes = {
         name: (linear.out_features, linear.in_features)
@@ -155,7 +177,7 @@ def _adopted(
     for key, tensor in template.items():
         name = f"{block}{key}"
         layer, _, part = name.rpartition(".")
-        if part in ("codes", "scale") and layer in shapes and tensor.shape[0] == ROWS:
+        if part in ("codes", "scale", "zero_point") and layer in shapes and tensor.shape[0] == ROWS:
             saved[name] = tensor.new_ones(1, 1).expand(shapes[layer][0], tensor.shape[1])
         else:
             saved[name] = tensor.detach()  # an object of its own: it counts in every block
@@ -163,6 +185,6 @@ def _adopted(
         saved,
         shapes,
         [list(group.linears) for group in groups],
-        module.weight,
+        dict.fromkeys(shapes, weight),
         {n: module.activation_spec(group.role) for group in groups for n in group.linears},
     )

@@ -2,13 +2,15 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from recon.engine.foresight import quantised_groups
-from recon.engine.unit import Unit
+from recon.engine.stem_and_head import copies, ends_groups
+from recon.engine.unit import LayerGroup, Unit
 from recon.quantizers.spec import QuantSpec
 
 if TYPE_CHECKING:
@@ -40,17 +42,26 @@ class Left:
 
 
 def quantised_rows(module: "Reconstruction", units: list[Unit]) -> list[Quantised]:
-    """What becomes codes, by role."""
+    """What becomes codes, by role: in the blocks, then outside of them."""
+    inside = (group for unit in units for group in quantised_groups(module, unit))
+    rows = _rows(module, inside, module.weight)
+    if module.outside_weight is not None:
+        rows += _rows(module, ends_groups(module), module.outside_weight)
+    return rows
+
+
+def _rows(
+    module: "Reconstruction", groups: Iterable[LayerGroup], weight: QuantSpec
+) -> list[Quantised]:
     linears: defaultdict[str, list[nn.Linear]] = defaultdict(list)
-    for unit in units:
-        for group in quantised_groups(module, unit):
-            linears[group.role] += group.linears.values()
+    for group in groups:
+        linears[group.role] += group.linears.values()
     return [
         Quantised(
             role=role,
             linears=len(found),
             parameters=sum(linear.weight.numel() for linear in found),
-            weight=_words(module.weight),
+            weight=_words(weight),
             activation=_words(module.activation_spec(role)),
         )
         for role, found in linears.items()
@@ -79,6 +90,9 @@ def left_rows(module: "Reconstruction", quantised: set[str]) -> list[Left]:
         if group.role in module.skip_roles
         for name in group.linears
     }
+    reasons |= {
+        name: f"quantised and kept once, as {first}" for name, first in copies(module).items()
+    }
     stems = tuple(f"{block}." for block in adapter.block_names)
     network = adapter.empty_network()
     parts: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
@@ -90,6 +104,8 @@ def left_rows(module: "Reconstruction", quantised: set[str]) -> list[Left]:
     rows = [Left(part, len(sizes), sum(sizes), why) for (part, why), sizes in parts.items()]
     weights = sum(part.weight.numel() for part in network.modules() if isinstance(part, nn.Linear))
     rest = sum(p.numel() for p in network.parameters()) - weights
+    named = network.named_modules()
+    rest -= sum(p.weight.numel() for n, p in named if isinstance(p, nn.Conv2d) and n in quantised)
     return [*rows, Left("biases, norms, tables, convolutions", 0, rest, "no Linear's weight")]
 
 

@@ -1,14 +1,15 @@
 """`quantized/`: the lossless form of a result, which loads with neither teacher nor data.
 
 config.json             the network's own configuration
-network.safetensors     every tensor that is not quantised: embedders, norms, biases, head, as they
-are or as the run tuned them
-quantized.safetensors   per layer `codes` (int32, packed), `scale`, and where there is one
-`activation_clip`; per group of layers that share an input the
-transform's `channel_scale`, `left`, `right`, `rotated_scale` and fixed grid, under its first layer;
-per attention whose products are quantised on fixed grids, each operand's step and zero-point
-manifest.json           method, bits and error, units and findings; shapes, owner and own error of
-each layer; fingerprint; written last, with a checksum of the other files
+network.safetensors     every tensor that is not quantised: norms, biases, tables, what stands
+outside the blocks unless it is quantised too, as they are or as the run tuned them
+quantized.safetensors   per layer `codes` (int32, packed), `scale`, and where there are any
+`zero_point` (int8, of signed codes) and `activation_clip`; per group of layers that share an input
+the transform's `channel_scale`, `left`, `right`, `rotated_scale` and fixed grid, under its first
+layer; per attention whose products are quantised on fixed grids, each operand's step and zero-point
+manifest.json           method, bits and error, units and findings; shapes, grids, owner and own
+error of each layer, places where a layer stands once more; fingerprint; written last, with a
+checksum of the other files
 """
 
 import hashlib
@@ -25,20 +26,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import recon
-from recon.engine.assembly import adopted
+from recon.engine.assembly import adopted, placed_in
 from recon.engine.attention import own, put_in
+from recon.engine.stem_and_head import copies
 from recon.errors import CheckpointMismatch
 from recon.layers.quant_attention import QuantAttention
 from recon.layers.quant_linear import QuantLinear
 from recon.layers.transform import InputTransform
-from recon.layers.tree import replace
 from recon.models.adapter import ModelAdapter
 from recon.quantizers.spec import QuantSpec
 
 if TYPE_CHECKING:
     from recon.engine.reconstruction import Reconstruction
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FILES = ("config.json", "network.safetensors", "quantized.safetensors")
 
 
@@ -58,7 +59,8 @@ def write_native(module: "Reconstruction", folder: Path) -> None:
     adapter = module.adapter
     shutil.copyfile(adapter.network_folder / "config.json", aside / "config.json")
     tuned = {name: tensor.detach().cpu() for name, tensor in module.tuned_tensors().items()}
-    replaced = {*tuned, *(f"{name}.weight" for name in layers)}
+    further = copies(module)
+    replaced = {*tuned, *(f"{name}.weight" for name in (*layers, *further))}
     kept = [name for name in adapter.weights.keys() if name not in replaced]  # noqa: SIM118
     dtype = adapter.weights.dtype()
     rest = adapter.weights.load_names(kept, dtype, "cpu")
@@ -84,12 +86,14 @@ def write_native(module: "Reconstruction", folder: Path) -> None:
             name: {
                 "out_features": layer.out_features,
                 "in_features": layer.in_features,
+                "weight": asdict(layer.weight_spec),
                 "activation": layer.activation_spec and asdict(layer.activation_spec),
                 "transform": owners.get(name),
                 **module.layer_errors.get(name, {}),
             }
             for name, layer in layers.items()
         },
+        "copies": dict(further),
         "attentions": {
             name: {"activation": asdict(part.activation), "softmax_bits": part.softmax_bits}
             for name, part in attentions.items()
@@ -111,7 +115,7 @@ def _tensors(layers: dict[str, QuantLinear]) -> tuple[dict[str, Tensor], dict[st
     owner_of: dict[int, str] = {}
     owners: dict[str, str] = {}
     for name, layer in layers.items():
-        for key in ("codes", "scale", "activation_clip"):
+        for key in ("codes", "scale", "zero_point", "activation_clip"):
             value = getattr(layer, key)
             if value is not None:
                 tensors[f"{name}.{key}"] = value.cpu().contiguous()
@@ -149,7 +153,7 @@ class Native:
             saved,
             {n: (facts["out_features"], facts["in_features"]) for n, facts in described.items()},
             list(groups.values()),
-            QuantSpec(**self.manifest["weight"]),
+            {name: QuantSpec(**facts["weight"]) for name, facts in described.items()},
             {n: f["activation"] and QuantSpec(**f["activation"]) for n, f in described.items()},
         )
 
@@ -167,11 +171,13 @@ class Native:
         """The public class with the closed layers in it, in eval mode, not requiring gradients."""
         network = self.adapter.network_from(self.unquantized(), device)
         layers = self.layers(device)
-        for name, layer in layers.items():
-            layer.bias = network.get_submodule(name).bias  # type: ignore[assignment]
+        placed_in(network, layers, self.manifest["copies"])
+        for layer in layers.values():
+            # A parameter goes where the network is moved to.
+            layer.bias = None if layer.bias is None else nn.Parameter(layer.bias)
             layer.to(device)
         put_in(self.adapter, network, self.attentions(device))
-        return replace(network, layers).requires_grad_(False).eval()
+        return network.requires_grad_(False).eval()
 
 
 def read_native(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from recon.calibration import ranks
 from recon.calibration.frontier import Frontier
 from recon.calibration.memory import MemoryBudget
-from recon.engine import attention, resume, stage_data, stopping, walk
+from recon.engine import attention, resume, stage_data, stem_and_head, stopping, walk
 from recon.engine.data import CalibrationData
 from recon.engine.fingerprint import refuse_difference
 from recon.engine.gradient import Step, added, averaged, flat_gradient, hand_out, refuse_nan
@@ -23,6 +23,7 @@ from recon.engine.loader import StageLoader, StageSampler, dealt, refuse_uneven
 from recon.engine.placement import needed_bytes, stream_store
 from recon.engine.result import network_error
 from recon.engine.settings import refuse_unsafe_trainer
+from recon.engine.stem_and_head import StemAndHead
 from recon.engine.unit import OpenUnit, Stage, StageState, Unit
 from recon.engine.vision import VisionNetwork
 from recon.errors import ConfigError
@@ -70,8 +71,12 @@ class Reconstruction(LightningModule):
 
     activation_strategies: ClassVar[tuple[Strategy, ...]] = ("token",)
     """What may share a range of activations; for others than token the method finds fixed ones."""
+    asymmetric_weights: ClassVar[bool] = False
+    """Whether the method finds zero-points of weights."""
     quantize_vision = False
     """Whether the method quantises the network that turns pictures into features."""
+    outside_weight: QuantSpec | None = None
+    """Grid of the weights of linears outside the blocks; None leaves them as they are."""
 
     quantizers: nn.ModuleDict
     frontier: Frontier
@@ -105,6 +110,8 @@ class Reconstruction(LightningModule):
         slashes for dots."""
         self.vision: VisionNetwork | None = None
         """What turns pictures into features from now on; None: the teacher's."""
+        self.ends: StemAndHead | None = None
+        """Stem and head of the quantised streams; None: the teacher's."""
         self.units: list[Unit] = []
         self.sample_count = 0
         """Calibration samples over all processes."""
@@ -266,6 +273,16 @@ class Reconstruction(LightningModule):
         """The optimizer over `groups`."""
         return torch.optim.Adam(groups, fused=True)
 
+    def close_outside(self, unit: OpenUnit) -> dict[str, QuantLinear]:
+        """Closed layers for linears of stem or head, on the grid `outside_weight`, by full name.
+
+        Asked for where `outside_weight` is set, for each group of one input in turn.
+
+        Args:
+            unit: The group, and what was recorded of its input behind the layers closed before.
+        """
+        raise NotImplementedError
+
     def close_unit(self, unit: OpenUnit) -> None:
         """Turns every layer of the unit into codes; default: what its rounding says."""
         for layer in unit.layers.values():
@@ -322,11 +339,7 @@ class Reconstruction(LightningModule):
                 f"of {type(self).__name__} take {' or '.join(allowed)} (token with dynamic: true), "
                 f"got {found}. Change model.weight or model.activation."
             )
-        if not self.weight.symmetric:
-            raise ConfigError(
-                "model.weight.symmetric is false, but weights have no zero-point here: asymmetric "
-                "4-bit weights do not reload in transformers. Set it to true."
-            )
+        self._check_zero_points()
         if self.batch_size < 1:
             raise ConfigError(f"model.batch_size must be at least 1, got {self.batch_size}.")
         if self.micro_batch < 1:
@@ -334,9 +347,25 @@ class Reconstruction(LightningModule):
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"model.threads must be at least 1 or null, got {self.threads}.")
         self._check_attention()
+        stem_and_head.check(self)
         if self.wants_attention:
             stage_data.exposed_attention(self)
         self.adapter.check()
+
+    def _check_zero_points(self) -> None:
+        for grid in (self.weight, self.outside_weight or self.weight):
+            if grid.symmetric:
+                continue
+            if not self.asymmetric_weights:
+                raise ConfigError(
+                    f"model.weight.symmetric is false, but {type(self).__name__} finds no "
+                    "zero-points of weights. Set it to true, or use PTQ4DiT."
+                )
+            if grid.strategy != "channel":
+                raise ConfigError(
+                    f"symmetric is false with strategy {grid.strategy}, but weights have a "
+                    "zero-point for each output channel. Set strategy: channel."
+                )
 
     def _check_attention(self) -> None:
         if not self.quantize_attention:
@@ -424,6 +453,8 @@ class Reconstruction(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Lightning: ranks and data are known, no checkpoint is read yet."""
+        if self.outside_weight is not None and self.ends is None:
+            self.ends = StemAndHead(self)
         if not self.units:
             self.prepare()
             if not self.preparation():
@@ -446,7 +477,13 @@ class Reconstruction(LightningModule):
         mark = resume.digest(self.fingerprint)
         store = stream_store(self.memory, needed, self.run_device, self.root, mark)
         self.frontier = Frontier(
-            self.adapter, chosen.samples, chosen.held_out, store, self.run_device, self.embed
+            self.adapter,
+            chosen.samples,
+            chosen.held_out,
+            store,
+            self.run_device,
+            self.embed,
+            self.ends,
         )
         self.compiled = walk.compiles(self)
         if self.compiled:
@@ -528,6 +565,8 @@ class Reconstruction(LightningModule):
         self.forwards = vars(self.frontier.forwards).copy()
         self.opened = None
         self.index += 1
+        if self.done and self.ends is not None:
+            self.ends.settle_head()
 
     # Lightning: the steps -------------------------------------------------------------------------
 
@@ -630,5 +669,6 @@ class Reconstruction(LightningModule):
 
     def _registered(self, unit: Unit) -> dict[str, nn.Module]:
         prefixes = tuple(f"{name}." for name in unit.blocks)
+        outside = frozenset() if self.ends is None else self.ends.names
         named = {key.replace("/", "."): part for key, part in self.quantizers.items()}
-        return {name: part for name, part in named.items() if name.startswith(prefixes)}
+        return {n: p for n, p in named.items() if n.startswith(prefixes) and n not in outside}

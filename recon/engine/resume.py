@@ -146,6 +146,8 @@ def _adopt_closed(module: "Reconstruction", state: dict[str, Tensor]) -> None:
     )
     adapter = module.adapter
     vision.adopt(module, tensors, tuned)
+    if module.ends is not None:
+        module.ends.adopt(tensors)
     for unit in module.units[: module.index]:
         for block in unit.blocks:
             shapes = adapter.linear_shapes(block)
@@ -158,7 +160,8 @@ def _adopt_closed(module: "Reconstruction", state: dict[str, Tensor]) -> None:
                 spec = module.activation_spec(group.role)
                 activation |= dict.fromkeys(groups[-1], spec)
             linears = {f"{block}.{name}": shape for name, shape in shapes.items()}
-            layers = adopted(tensors, linears, groups, module.weight, activation)
+            weight = dict.fromkeys(linears, module.weight)
+            layers = adopted(tensors, linears, groups, weight, activation)
             for name, layer in layers.items():
                 module.quantizers[name.replace(".", "/")] = layer
         for name, products in adopted_attentions(module, unit.blocks, tensors).items():

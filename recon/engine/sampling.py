@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from recon.engine import attention
-from recon.engine.assembly import layer_groups, linear, nearest_layers
+from recon.engine.assembly import layer_groups, linear, nearest_layers, placed_in
 from recon.engine.baselines import Baselines
 from recon.engine.data import CalibrationData
+from recon.engine.stem_and_head import copies, nearest_ends
 from recon.engine.unit import LayerGroup, Unit
 from recon.engine.vision import full_groups
 from recon.layers.quant_attention import QuantAttention
 from recon.layers.quant_linear import QuantLinear
-from recon.layers.tree import replace
 from recon.models.adapter import SeesPictures
 
 if TYPE_CHECKING:
@@ -79,12 +79,10 @@ def network(module: "Reconstruction", form: Form, device: torch.device) -> nn.Mo
     else:
         return whole
     attention.put_in(module.adapter, whole, _products(module, form))
-    for name, layer in layers.items():
-        bias = linear(whole, name).bias
-        layer.bias = None if bias is None else bias.detach()
+    for layer in layers.values():
         layer.to(device)
         layer.keep_resident(dtype)
-    return replace(whole, layers).eval()
+    return placed_in(whole, layers, copies(module)).eval()
 
 
 def _products(module: "Reconstruction", form: Form) -> dict[str, QuantAttention]:
@@ -102,6 +100,7 @@ def _nearest(module: "Reconstruction", whole: nn.Module) -> dict[str, QuantLinea
         groups = layer_groups(module.adapter, unit, blocks, skip_roles=module.skip_roles)
         activation = {group.name: module.activation_spec(group.role) for group in groups}
         layers |= nearest_layers(groups, module.weight, activation)
+    layers |= nearest_ends(module, whole)
     if module.quantize_vision and isinstance(module.adapter, SeesPictures):
         groups = [
             LayerGroup(names[0], "vision", {name: linear(whole, name) for name in names})

@@ -194,7 +194,8 @@ def adopt(module: "Reconstruction", layers: Mapping[str, Tensor], tuned: dict[st
         linears = {name: linear(empty, name) for names in groups for name in names}
         shapes = {name: (m.out_features, m.in_features) for name, m in linears.items()}
         activation: dict[str, QuantSpec | None] = dict.fromkeys(shapes, module.vision_activation)
-        made = adopted(layers, shapes, groups, module.weight, activation)
+        weight = dict.fromkeys(shapes, module.weight)
+        made = adopted(layers, shapes, groups, weight, activation)
     settle(module, made, tuned)
 
 

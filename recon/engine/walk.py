@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 def start_streams(module: "Reconstruction") -> None:
     """Brings the streams in front of unit `index`; closed units are replayed if they must be."""
+    if module.ends is not None:
+        module.ends.settle_stem()
     if module.frontier.start(module.index):
         return
     rank_zero_info(f"Replaying {module.index} closed units to rebuild their activations.")

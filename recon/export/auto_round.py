@@ -44,7 +44,14 @@ class AutoRound(Format):
         layers = finished.layers
         scaled = {n: q for n, q in layers.items() if n not in _foldable(finished)}
         return [
-            *obstacles(layers, _quantized_input, layers_of.rotated, _odd_size, _tiny_steps),
+            *obstacles(
+                layers,
+                _quantized_input,
+                layers_of.rotated,
+                layers_of.shifted,
+                _odd_size,
+                _tiny_steps,
+            ),
             *obstacles(scaled, _scaled),
         ]
 

@@ -35,7 +35,14 @@ class Bf16(Format):
             for name, tensor in finished.native.unquantized().items()
         }
         merged = {name: merged_weight(layer).bfloat16() for name, layer in finished.layers.items()}
-        state |= {f"{name}.weight": weight for name, weight in merged.items()}
+        copies: dict[str, str] = finished.native.manifest["copies"]
+        # Copies of their own: files hold no tensor twice.
+        merged |= {name: merged[first].clone() for name, first in copies.items()}
+        shapes = {name: tensor.shape for name, tensor in finished.empty.state_dict().items()}
+        state |= {
+            f"{name}.weight": weight.reshape(shapes[f"{name}.weight"])  # of a convolution
+            for name, weight in merged.items()
+        }
         target = public_folder(finished, folder)
         write_public(finished, target, state, None)
         network = finished.native.adapter.network_from(state, "cpu")
@@ -43,7 +50,7 @@ class Bf16(Format):
             network=network,
             library=finished.library,
             folder=target,
-            linear_bytes=sum(weight.nbytes for weight in merged.values()),
+            linear_bytes=sum(merged[name].nbytes for name in finished.native.manifest["layers"]),
             runs_as=("plain bfloat16 layers, on any hardware, as fast as full precision",),
             run_tolerance=BF16_ROUNDING,
             quantized=False,

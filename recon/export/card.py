@@ -13,7 +13,9 @@ def card(report: dict[str, Any], finished: Finished, at_root: bool) -> str:
         finished: The run.
         at_root: Whether the network stands in the export's own folder.
     """
-    activation = "/".join(str(bits) for bits in report["bits"]["activation"])
+    weight, activation = (
+        "/".join(str(bits) for bits in report["bits"][side]) for side in ("weight", "activation")
+    )
     size, seen = report["bytes"], report["reload"]
     rows = [
         f"- against {'the file as written' if name == 'file' else 'the evaluated run'}: "
@@ -22,7 +24,7 @@ def card(report: dict[str, Any], finished: Finished, at_root: bool) -> str:
         for name, found in seen["difference"].items()
     ]
     lines = [
-        f"# {report['class']}, W{report['bits']['weight']}A{activation}, {report['format']}",
+        f"# {report['class']}, W{weight}A{activation}, {report['format']}",
         "",
         f"Quantised with recon {report['versions']['recon']} ({report['method']}).",
         *report["notes"],

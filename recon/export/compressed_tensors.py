@@ -77,6 +77,7 @@ class CompressedTensors(Format):
             layers_of.clipped,
             layers_of.otherwise_ranged,
             layers_of.oddly_shared,
+            layers_of.shifted,
             _scaled,
         )
 

@@ -90,12 +90,14 @@ def refuse_misfit(form: Format, finished: Finished) -> None:
 
 def _expected_bytes(form: Format, finished: Finished) -> int:
     manifest = finished.native.manifest
-    weights = sum(f["out_features"] * f["in_features"] for f in manifest["layers"].values())
-    bits = form.stored_bits(manifest["weight"]["num_bits"])
+    bits = sum(
+        f["out_features"] * f["in_features"] * form.stored_bits(f["weight"]["num_bits"])
+        for f in manifest["layers"].values()
+    )
     beside = [finished.native.folder / "network.safetensors"]
     for part in finished.parts:
         beside += [file for file in part.rglob("*") if file.is_file()] if part.is_dir() else [part]
-    return weights * bits // 8 + sum(file.stat().st_size for file in beside)
+    return bits // 8 + sum(file.stat().st_size for file in beside)
 
 
 def _report(

@@ -157,11 +157,16 @@ class Finished:
     def describing(self) -> dict[str, Any]:
         """Method and bits, for export.json."""
         manifest = self.native.manifest
-        activations = [facts["activation"] for facts in manifest["layers"].values()]
-        bits = sorted({16 if spec is None else int(spec["num_bits"]) for spec in activations})
+        grids = {
+            side: [facts[side] for facts in manifest["layers"].values()]
+            for side in ("weight", "activation")
+        }
         return {
             "method": manifest["method"],
-            "bits": {"weight": manifest["weight"]["num_bits"], "activation": bits},
+            "bits": {
+                side: sorted({16 if spec is None else int(spec["num_bits"]) for spec in specs})
+                for side, specs in grids.items()
+            },
             "run_error": manifest["error"],
         }
 

@@ -11,6 +11,7 @@ from recon.engine.attention import quantized_names
 from recon.engine.native import Native
 from recon.engine.reconstruction import Reconstruction
 from recon.engine.result import linear_bytes
+from recon.engine.stem_and_head import copies
 from recon.export.exporting import FORMATS
 from recon.export.finished import Finished
 from recon.export.format import Format
@@ -49,13 +50,17 @@ def foreseen_exports(module: Reconstruction, layers: dict[str, QuantLinear]) -> 
     """
     adapter = module.adapter
     attentions = dict.fromkeys(quantized_names(module, adapter.block_names))
-    native = _ForeseenNative(adapter.folder, {"attentions": attentions}, adapter, layers)
+    further = copies(module)
+    facts = {"attentions": attentions, "copies": further}
+    native = _ForeseenNative(adapter.folder, facts, adapter, layers)
     finished = Finished(Path(), native)
-    rest = unquantized_bytes(adapter, layers)
+    rest = unquantized_bytes(module, layers)
+    copied = sum(layers[name].in_features * layers[name].out_features for name in further.values())
     return [
         Foreseen(
             form.name,
-            _bytes(form, layers, module.weight.num_bits, rest, adapter.stored_dtype.itemsize),
+            _bytes(form, layers, module.weight.num_bits, rest, adapter.stored_dtype.itemsize)
+            + (2 * copied if form.weights_only else 0),
             form.obstacles(finished),
         )
         for form in FORMATS.values()

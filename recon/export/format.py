@@ -83,6 +83,8 @@ class Format(ABC):
                 f"The products of {len(products)} attentions are quantised, such as those of "
                 f"{next(iter(products))}, which no loader computes"
             )
+        if not self.weights_only:
+            found += _outside(finished)
         unsaved = finished.native.adapter.unsaved()
         if unsaved is not None:
             found.append(unsaved)
@@ -101,6 +103,18 @@ class Format(ABC):
                 f"{'is' if len(missing) == 1 else 'are'} not installed. Run `pip install "
                 "'recon-ptq[export]'`; `recon export --format bf16` and native need nothing more."
             )
+
+
+def _outside(finished: Finished) -> list[str]:
+    """What is quantised and is no Linear of its own, as a sentence; empty if there is nothing."""
+    empty, copies = finished.empty, finished.native.manifest["copies"]
+    layers = [n for n in finished.layers if isinstance(empty.get_submodule(n), nn.Conv2d)]
+    said = [f"{layers[0]} is a quantised convolution"] if layers else []
+    if copies:
+        said.append(f"{len(copies)} linears are equal to one that is kept once")
+    if not said:
+        return []
+    return [f"{' and '.join(said)}, which loaders do not know; model.stem_and_head null avoids it"]
 
 
 def public_folder(finished: Finished, folder: Path) -> Path:

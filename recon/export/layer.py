@@ -101,6 +101,16 @@ def otherwise_ranged(layer: QuantLinear) -> str | None:
     )
 
 
+def shifted(layer: QuantLinear) -> str | None:
+    """Obstacle: the codes of a row have a zero-point."""
+    if layer.zero_point is None:
+        return None
+    return (
+        "has a zero-point for each row of its weight, which is not written here: transformers does "
+        "not reload asymmetric 4-bit weights; fit with --model.weight.symmetric true"
+    )
+
+
 def oddly_shared(layer: QuantLinear) -> str | None:
     """Obstacle: a scale of activations that is neither a token's nor the whole tensor's."""
     spec = layer.activation_spec

@@ -8,23 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recon.engine.assembly import placed_in
 from recon.export.finished import Finished
 from recon.layers.quant_linear import QuantLinear
-from recon.layers.tree import replace
 
 
-def public_network(finished: Finished, layers: Mapping[str, nn.Module]) -> nn.Module:
+def public_network(finished: Finished, layers: Mapping[str, QuantLinear]) -> nn.Module:
     """The public class in float32, with these layers in place of the quantised linears.
 
-    A QuantLinear gets the bias of the linear it stands for.
+    A layer gets the bias of the linear it stands for.
     """
     native = finished.native
     network = native.adapter.network_from(native.unquantized(), "cpu")
-    for name, layer in layers.items():
-        if isinstance(layer, QuantLinear):
-            bias = network.get_submodule(name).bias
-            layer.bias = bias.detach() if isinstance(bias, Tensor) else None
-    return replace(network, layers).requires_grad_(False).eval()
+    placed = placed_in(network, layers, native.manifest["copies"])
+    return placed.requires_grad_(False).eval()
 
 
 def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

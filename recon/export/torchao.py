@@ -45,6 +45,7 @@ class TorchAo(Format):
             layers_of.clipped,
             layers_of.otherwise_ranged,
             layers_of.oddly_shared,
+            layers_of.shifted,
             _other_width,
             _grouped,
         )

@@ -4,7 +4,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from recon.layers.rounding import CLIP_LOGIT_START, NearestRounding, Rounding
+from recon.layers.patches import image_of, patches
+from recon.layers.rounding import (
+    CLIP_LOGIT_START,
+    AdaptiveRounding,
+    NearestRounding,
+    Rounding,
+)
 from recon.layers.static_range import on_own_range
 from recon.layers.token_range import TokenRange
 from recon.layers.transform import InputTransform
@@ -20,6 +26,8 @@ class QuantLinear(nn.Module):
     is learned is a parameter. Closed, it holds packed integer codes and step sizes and nothing of
     the full-precision weight. The full-precision weight is deliberately no buffer: checkpoints
     hold what is learned, not the teacher.
+
+    With a `kernel` it stands for a convolution over patches side by side: each patch is a token.
 
     Args:
         linear: The layer it stands for.
@@ -37,6 +45,7 @@ class QuantLinear(nn.Module):
 
     codes: Tensor | None
     scale: Tensor | None
+    zero_point: Tensor | None
     activation_clip: Tensor | None
 
     def __init__(
@@ -63,11 +72,12 @@ class QuantLinear(nn.Module):
         self.activation_clip_logits = (
             nn.Parameter(torch.full((2,), clip_start)) if learn_activation_clip else None
         )
-        for name in ("codes", "scale", "activation_clip"):
+        for name in ("codes", "scale", "zero_point", "activation_clip"):
             self.register_buffer(name, None)
         self.teacher_weight: Tensor | None = linear.weight.detach()
         self.bias: Tensor | None = None if linear.bias is None else linear.bias.detach()
         self.resident_weight: Tensor | None = None
+        self.kernel: tuple[int, int] | None = None
 
     @property
     def closed(self) -> bool:
@@ -88,10 +98,22 @@ class QuantLinear(nn.Module):
             assert self.rounding is not None
             return self.rounding(self.transformed_weight())
         codes = unpack(self.codes, self.weight_spec.num_bits, self.in_features)
-        return dequantize(codes.to(self.scale.dtype), self.scale, self.weight_spec)
+        codes = codes.to(self.scale.dtype)
+        if self.zero_point is not None:
+            codes = codes - self.zero_point
+        return dequantize(codes, self.scale, self.weight_spec)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Output of the layer, [..., out], in the dtype of `inputs` [..., channels]."""
+        """Output of the layer, [..., out], in the dtype of `inputs` [..., channels].
+
+        With a kernel: from images [batch, channels, height, width] to [batch, out, rows, columns].
+        """
+        if self.kernel is None:
+            return self._product(inputs)
+        product = self._product(patches(inputs, self.kernel))
+        return image_of(product, rows=inputs.shape[-2] // self.kernel[0])
+
+    def _product(self, inputs: Tensor) -> Tensor:
         hidden = inputs if self.transform is None else self.transform(inputs)
         if self.activation_spec is not None and self.activation_spec.strategy != "token":
             hidden = self._on_fixed_grid(hidden.float())
@@ -130,9 +152,18 @@ class QuantLinear(nn.Module):
         return weight
 
     @torch.no_grad()
-    def close(self, codes: Tensor, scale: Tensor) -> None:
-        """Replaces the weight by `codes` (integers, [out, channels]) and `scale`."""
+    def close(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> None:
+        """Replaces the weight by `codes` (integers, [out, channels]) and `scale`.
+
+        Args:
+            codes: Signed, also on an asymmetric grid.
+            scale: Step sizes.
+            zero_point: Code of zero in each row, [out, 1]; None: that of the rounding, if any.
+        """
         self.fold()
+        if zero_point is None and isinstance(self.rounding, AdaptiveRounding):
+            zero_point = self.rounding.zero_point
+        self.zero_point = None if zero_point is None else zero_point.detach().to(torch.int8)
         self.codes = pack(codes, self.weight_spec.num_bits)
         self.scale = scale.detach().float().clone()
         self.rounding = None
@@ -147,6 +178,7 @@ class QuantLinear(nn.Module):
     def adopt(self, tensors: dict[str, Tensor], transform: InputTransform | None) -> None:
         """Becomes the closed layer that these saved tensors describe."""
         self.codes, self.scale = tensors["codes"], tensors["scale"]
+        self.zero_point = tensors.get("zero_point")
         self.activation_clip = tensors.get("activation_clip")
         self.activation_clip_logits = self.activation_range = None
         self.transform = transform

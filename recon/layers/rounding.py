@@ -17,6 +17,7 @@ from recon.quantizers.affine import (
     weight_range,
 )
 from recon.quantizers.affine import codes as nearest_codes
+from recon.quantizers.ranges import mse_zero_points
 from recon.quantizers.rounding import (
     WARMUP,
     beta_schedule,
@@ -69,7 +70,11 @@ class NearestRounding(nn.Module):
         return absmax_scale(torch.maximum(upper, -lower), self.spec)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Fake-quantised weight, differentiable."""
+        """Fake-quantised weight, differentiable; with zero-points it is not, and nothing learns."""
+        if not self.spec.symmetric:
+            step, zero_point = mse_zero_points(weight, self.spec, grid=1)
+            shift = step * zero_point
+            return fake_quantize(weight + shift, step, self.spec.signed) - shift
         return fake_quantize(weight, self.scale(weight), self.spec)
 
     @torch.no_grad()
@@ -88,19 +93,29 @@ class AdaptiveRounding(nn.Module):
         spec: Its grid.
         codes: Codes that it starts halfway to, [out, channels], such as GPTQ's; None: it starts at
             the weight.
+        zero_point: Of each row, [out, 1], on an asymmetric grid, whose codes are signed here too:
+            what is rounded is the weight shifted by that many steps.
 
     Source: AdaRound (arXiv 2004.10568) as block reconstruction uses it (BRECQ, PTQ4DiT).
     """
 
     step: Tensor
+    zero_point: Tensor | None
     origin: Tensor | None
 
     def __init__(
-        self, weight: Tensor, scale: Tensor, spec: QuantSpec, codes: Tensor | None = None
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        spec: QuantSpec,
+        codes: Tensor | None = None,
+        zero_point: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec = spec.signed
         self.register_buffer("step", scale.clone())
+        self.register_buffer("zero_point", zero_point)
+        weight = self._shifted(weight)
         origin = None if codes is None else (weight + dequantize(codes, scale, spec)) / 2
         # Up and down are those of the start: codes may lie further from the weight than one step.
         self.register_buffer("origin", origin)
@@ -113,16 +128,21 @@ class AdaptiveRounding(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """Softly rounded weight, differentiable in the logits."""
         soft = soft_codes(self._origin(weight), self.step, self.logits, self.spec)
+        if self.zero_point is not None:
+            soft = soft - self.zero_point
         return dequantize(soft, self.step, self.spec)
 
     @torch.no_grad()
     def close(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Integer codes and step sizes of `weight`."""
+        """Integer codes and step sizes of `weight`; the zero-point is `zero_point`."""
         origin = self._origin(weight)
         return hard_codes(origin, self.step, self.logits, self.spec), self.step.clone()
 
     def _origin(self, weight: Tensor) -> Tensor:
-        return weight if self.origin is None else self.origin
+        return self._shifted(weight) if self.origin is None else self.origin
+
+    def _shifted(self, weight: Tensor) -> Tensor:
+        return weight if self.zero_point is None else weight + self.step * self.zero_point
 
 
 class OffsetRounding(nn.Module):

@@ -22,7 +22,14 @@ from recon.types import Sample, State
 Device = torch.device | str
 
 Role = Literal[
-    "attention_input", "attention_output", "feed_forward_up", "feed_forward_down", "modulation"
+    "attention_input",
+    "attention_output",
+    "feed_forward_up",
+    "feed_forward_down",
+    "modulation",
+    "patch_embedding",
+    "timestep_embedding",
+    "output",
 ]
 
 FloatingType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -122,6 +129,45 @@ class ReplacesAttention(Protocol):
         Raises:
             CapabilityMissing: The attention is of a variant this adapter does not know.
         """
+        ...
+
+
+@runtime_checkable
+class ExposesEnds(Protocol):
+    """Linears before the first block (the stem) and behind the last (the head) can be replaced.
+
+    Names are full ones, in the whole network. A convolution over patches side by side counts as a
+    linear. Needed by methods that quantise more than the blocks.
+    """
+
+    def stem_groups(self) -> tuple[InputGroup, ...]:
+        """Linears that make what enters the first block, by input, producers before consumers."""
+        ...
+
+    def head_groups(self) -> tuple[InputGroup, ...]:
+        """Linears that make the output of what leaves the last block, in the same order."""
+        ...
+
+    def copies(self) -> Mapping[str, str]:
+        """Linears of the public class that are equal to one of those: that one's name, by theirs.
+
+        They are quantised as it is, and kept once.
+        """
+        ...
+
+    def ends(self, device: Device) -> nn.Module:
+        """Fresh modules of stem and head, full precision, eval, in a tree with their full names.
+
+        Modules in it may be replaced; weights are shared and must not be written to.
+        """
+        ...
+
+    def embed_with(self, ends: nn.Module, sample: Sample, device: Device) -> State:
+        """As `ModelAdapter.embed`, through the stem in `ends`."""
+        ...
+
+    def output_with(self, ends: nn.Module, sample: Sample, state: State, device: Device) -> Tensor:
+        """As `ModelAdapter.output`, through the head in `ends`."""
         ...
 
 

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from recon.errors import CapabilityMissing, ConfigError, NumericsError
+from recon.errors import CapabilityMissing, ConfigError, NumericsError, WeightsError
 from recon.layers.quant_attention import QuantAttention
 from recon.layers.tree import shared_copy
 from recon.models.adapter import Device, InputGroup, ModelAdapter
@@ -43,8 +43,16 @@ GROUPS = (
     InputGroup(("ff.net.0.proj",), "feed_forward_up"),
     InputGroup(("ff.net.2",), "feed_forward_down"),
 )
-"""Linears of a block in call order. Source: PTQ4DiT, figure 7; Linears outside the blocks (both
-layers of the embedder, proj_out_1, proj_out_2) and the patch convolution are not the blocks'."""
+"""Linears of a block in call order. Source: PTQ4DiT, figure 7."""
+
+PATCHES = "pos_embed.proj"
+"""The convolution that makes tokens of patches."""
+
+TIMESTEP_LINEARS = tuple(f"{EMBEDDER}.timestep_embedder.linear_{number}" for number in (1, 2))
+"""Linears of an embedder, by their names in a block, in call order."""
+
+HEAD = (InputGroup(("proj_out_1",), "modulation"), InputGroup(("proj_out_2",), "output"))
+"""Linears behind the blocks: of the last scale and shift, and of the output."""
 
 MODULATED = {"attn1.to_q": ("norm1.norm", 0), "ff.net.0.proj": ("norm3", 3)}
 """Foldable inputs behind a norm: that norm, and which sixth of norm1.linear's rows is the shift.
@@ -121,13 +129,8 @@ class DiT(ModelAdapter):
         self.vae = vae
 
     @cached_property
-    def _shells(self) -> dict[str, nn.Module]:
-        """Networks without blocks, by device."""
-        return {}
-
-    @cached_property
-    def _embedders(self) -> dict[str, list[nn.Module]]:
-        """Embedders that differ, by device."""
+    def _ends(self) -> dict[str, nn.Module]:
+        """Networks of which the blocks are their embedders alone, one or all, by device."""
         return {}
 
     @cached_property
@@ -302,14 +305,23 @@ class DiT(ModelAdapter):
             ConfigError: A class label is out of range, or the latents are not square or not whole
                 patches.
         """
+        return self.embed_with(self._ends_on(device), sample, device)
+
+    @torch.no_grad()
+    def embed_with(self, ends: nn.Module, sample: Sample, device: Device) -> State:
+        """As `embed`, through patch embedding and embedders of `ends`.
+
+        Raises:
+            ConfigError: As `embed`.
+        """
         check_classes(sample["class_labels"], self._settings.num_embeds_ada_norm)
         self._check_latents(sample["hidden_states"])
         timestep, labels = sample["timestep"].to(device), sample["class_labels"].to(device)
         latents = sample["hidden_states"].to(device, self.compute_dtype(device))
-        stream = self._shell(device).get_submodule("pos_embed")(latents)
+        stream = ends.get_submodule("pos_embed")(latents)
         embedded = [
-            embedder(timestep, labels, hidden_dtype=stream.dtype)
-            for embedder in self._embedders_on(device)
+            block.get_submodule(EMBEDDER)(timestep, labels, hidden_dtype=stream.dtype)
+            for block in ends.get_submodule(BLOCKS).children()
         ]
         # contiguous: the stream is a transposed view, whose rows could not be sliced cheaply
         return {"hidden_states": stream.contiguous(), "conditioning": torch.stack(embedded, dim=1)}
@@ -338,16 +350,20 @@ class DiT(ModelAdapter):
         With a learned variance there are twice as many channels as the latents have: noise, then
         the interpolation coefficients of the variance.
         """
-        shell = self._shell(device)
-        shell.set_submodule(BLOCKS, nn.ModuleList([_Injector(state)]))
+        return self.output_with(self._ends_on(device), sample, state, device)
+
+    def output_with(self, ends: nn.Module, sample: Sample, state: State, device: Device) -> Tensor:
+        """As `output`, through the output layer of `ends`."""
+        embedders = ends.get_submodule(BLOCKS)
+        ends.set_submodule(BLOCKS, nn.ModuleList([_Injector(state)]))
         try:
-            (output,) = shell(
+            (output,) = ends(
                 hidden_states=sample["hidden_states"].to(device, self.compute_dtype(device)),
                 return_dict=False,
             )
         finally:
-            # The module holds a state; the shell must not keep it alive.
-            shell.set_submodule(BLOCKS, nn.ModuleList())
+            # The module holds a state, which must not be kept alive.
+            ends.set_submodule(BLOCKS, embedders)
         return cast(Tensor, output)
 
     def tokens(self, state: State) -> Tensor:
@@ -375,6 +391,38 @@ class DiT(ModelAdapter):
         """
         set_product(module.get_submodule(name), product)
 
+    # Stem and head
+
+    def stem_groups(self) -> tuple[InputGroup, ...]:
+        """The patch convolution, and both layers of each embedder of timesteps that differs.
+
+        The first layers of all embedders see the same frequencies.
+        """
+        firsts, seconds = (
+            tuple(f"{block}.{layer}" for block in self._embedding_blocks)
+            for layer in TIMESTEP_LINEARS
+        )
+        return (
+            InputGroup((PATCHES,), "patch_embedding"),
+            InputGroup(firsts, "timestep_embedding"),
+            *(InputGroup((second,), "timestep_embedding") for second in seconds),
+        )
+
+    def head_groups(self) -> tuple[InputGroup, ...]:
+        """The last modulation, and the projection to patches."""
+        return HEAD
+
+    def copies(self) -> dict[str, str]:
+        """The embedders' linears of all blocks but the first, where all embedders are equal."""
+        first, *others = self.block_names
+        if len(self._embedding_blocks) > 1:
+            return {}
+        return {f"{b}.{layer}": f"{first}.{layer}" for b in others for layer in TIMESTEP_LINEARS}
+
+    def ends(self, device: Device) -> nn.Module:
+        """A DiTTransformer2DModel of which the blocks are their embedders alone."""
+        return shared_copy(self._ends_on(device))
+
     # Whole networks
 
     def network(self, device: Device) -> nn.Module:
@@ -388,7 +436,9 @@ class DiT(ModelAdapter):
         return self._network_of(weights, device)
 
     def network_from(self, weights: Mapping[str, Tensor], device: Device) -> nn.Module:
-        """As `network`, from given weights, which are copied; Linears of blocks may lack theirs.
+        """As `network`, from given weights, which are copied.
+
+        Linears of blocks, stem and head may lack theirs.
 
         Raises:
             WeightsError: Other weights are missing, or some do not fit.
@@ -574,6 +624,9 @@ class DiT(ModelAdapter):
             for block in self.block_names
             for linear in self.linear_shapes(block)
         }
+        embedding = {f"{b}.{layer}.weight" for b in self.block_names for layer in TIMESTEP_LINEARS}
+        outside = {f"{layer}.weight" for group in HEAD for layer in group.linears}
+        optional |= {*embedding, *outside, f"{PATCHES}.weight"}
         self._assign(network, weights, optional)
         # The position table is computed, not stored.
         for name, buffer in self._blockless().named_buffers():
@@ -587,23 +640,29 @@ class DiT(ModelAdapter):
         with torch.random.fork_rng(devices=[]):
             return self._built({**self.config, "num_layers": 0})
 
-    def _shell(self, device: Device) -> nn.Module:
-        """Patch embedding and head with their weights; the blocks are left out."""
+    def _ends_on(self, device: Device) -> nn.Module:
+        """Patch embedding, embedders and head with their weights; the rest is left out."""
         key = str(torch.device(device))
-        if key not in self._shells:
-            shell = self._blockless()
-            names = shell.state_dict().keys()
-            self._assign(shell, self.weights.load_names(names, self.compute_dtype(device), device))
-            self._shells[key] = shell.to(torch.device(device)).requires_grad_(False).eval()
-        return self._shells[key]
+        if key not in self._ends:
+            ends = self._blockless()
+            names = ends.state_dict().keys()
+            self._assign(ends, self.weights.load_names(names, self.compute_dtype(device), device))
+            embedders = [self._embedder(f"{b}.{EMBEDDER}", device) for b in self._embedding_blocks]
+            ends.set_submodule(BLOCKS, nn.ModuleList(_Embedding(one) for one in embedders))
+            self._ends[key] = ends.to(torch.device(device)).requires_grad_(False).eval()
+        return self._ends[key]
 
-    def _embedders_on(self, device: Device) -> list[nn.Module]:
-        """One embedder, or one for each block where they differ."""
-        key = str(torch.device(device))
-        if key not in self._embedders:
-            blocks = self.block_names[:1] if self.shares_conditioning else self.block_names
-            self._embedders[key] = [self._embedder(f"{b}.{EMBEDDER}", device) for b in blocks]
-        return self._embedders[key]
+    @property
+    def _embedding_blocks(self) -> tuple[str, ...]:
+        """The blocks whose embedders are used: the first, or all where they differ.
+
+        Without weights to look at they are taken to be equal, as the published ones are.
+        """
+        try:
+            shared = self.shares_conditioning
+        except WeightsError:
+            shared = True
+        return self.block_names[:1] if shared else self.block_names
 
     def _embedder(self, name: str, device: Device) -> nn.Module:
         embedder = copy.deepcopy(self._meta.get_submodule(name))
@@ -624,6 +683,14 @@ class _CarriedConditioning(nn.Module):
 
     def forward(self, conditioning: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
         return conditioning.index_select(1, self.position).squeeze(1)
+
+
+class _Embedding(nn.Module):
+    """Stands where a block was and has its embedder, at the block's name for it."""
+
+    def __init__(self, embedder: nn.Module) -> None:
+        super().__init__()
+        self.norm1 = nn.ModuleDict({"emb": embedder})
 
 
 class _Injector(nn.Module):

@@ -1,6 +1,6 @@
 """What a quantiser is, apart from how it is computed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from recon.errors import ConfigError
@@ -47,7 +47,8 @@ class QuantSpec:
 
     symmetric: bool = True
     """Whether zero is the middle of the range. False, with a zero-point, only for activations with
-    strategy tensor or channel: asymmetric int4 weights do not reload in transformers."""
+    strategy tensor or channel, and for weights with strategy channel, which native files hold:
+    asymmetric int4 weights do not reload in transformers."""
 
     def __post_init__(self) -> None:
         """Refuse what no quantiser here can compute."""
@@ -72,7 +73,7 @@ class QuantSpec:
             raise ConfigError(
                 f"QuantSpec.symmetric is false, but strategy {self.strategy} has no zero-point "
                 "here. Set symmetric: true, or strategy: tensor or channel for a static range of "
-                "activations."
+                "activations, channel for weights."
             )
         self._check_group_size()
         self._check_dynamic()
@@ -100,6 +101,14 @@ class QuantSpec:
                 f"QuantSpec.dynamic is true, but strategy {self.strategy} has a fixed range. "
                 "Set dynamic: false, or set strategy: token."
             )
+
+    @property
+    def signed(self) -> "QuantSpec":
+        """The symmetric quantiser of as many codes.
+
+        An asymmetric one is this one on values shifted by the zero-point, a whole number of steps.
+        """
+        return replace(self, symmetric=True)
 
     @property
     def qmin(self) -> int:

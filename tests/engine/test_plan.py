@@ -143,6 +143,32 @@ def test_real_networks_are_counted_from_their_config_alone(
         assert left == outside
 
 
+def test_with_stem_and_head_the_whole_of_dit_xl_is_counted_and_copies_once(tmp_path: Path) -> None:
+    adapter = write_config(tmp_path / "xl", "dit_xl_2_256")
+    module = PTQ4DiT(adapter=adapter, stem_and_head=QuantSpec(num_bits=8), reconstruct=False)
+    plan = plan_of(module, tmp_path)
+    # 7 linears of 28 blocks, the patch convolution, an embedder, two of the output layer.
+    assert sum(row.linears for row in plan.quantised) == 7 * 28 + 5 == 201
+    assert plan.quantised_parameters / 1e6 == pytest.approx(673.2, abs=0.1)
+    grids = {row.role: row.weight for row in plan.quantised if row.linears < 28}
+    assert grids == {
+        "patch_embedding": "8 per channel",
+        "timestep_embedding": "8 per channel",
+        "modulation": "8 per channel",
+        "output": "8 per channel",
+    }
+    whole = sum(p.numel() for p in adapter.empty_network().parameters())
+    assert plan.quantised_parameters + sum(row.parameters for row in plan.left) == whole
+    copies = 27 * (256 * 1152 + 1152**2)
+    kept = [row for row in plan.left if "kept once" in row.why]
+    assert sum(row.parameters for row in kept) == copies
+    inside = 28 * 18 * 1152**2
+    outside = plan.quantised_parameters - inside
+    assert plan.disk.artefacts.quantized == pytest.approx(
+        inside / 2 + outside + 2 * (whole - inside - outside - copies), rel=0.01
+    )
+
+
 def test_methods_that_learn_rounding_are_planned_at_the_size_of_dit_xl(tmp_path: Path) -> None:
     adapter = write_config(tmp_path / "xl", "dit_xl_2_256")
     module = PTQ4DiT(adapter=adapter, rounding_start="gptq", steps=10)

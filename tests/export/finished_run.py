@@ -12,6 +12,7 @@ from recon.calibration.artefact import CalibrationSet
 from recon.engine import resume
 from recon.engine.attention import nearest_attentions
 from recon.engine.native import write_native
+from recon.engine.stem_and_head import ends_groups
 from recon.layers.quant_linear import QuantLinear
 from recon.layers.static_range import StaticRange
 from recon.layers.transform import InputTransform
@@ -21,6 +22,8 @@ from recon.models.cogvideox import CogVideoX
 from recon.models.dit import DiT
 from recon.models.llava import Llava
 from recon.models.qwen_vl import Qwen2VL
+from recon.quantizers.affine import codes
+from recon.quantizers.ranges import mse_zero_points
 from recon.quantizers.spec import QuantSpec
 from recon.quantizers.transforms import KroneckerTransform, kronecker_split
 from recon.types import Sample
@@ -89,6 +92,8 @@ class Recipe:
     clip_logit: float | None = None
     plain_roles: tuple[str, ...] = ()
     """Roles of linears that stay in full precision."""
+    stem_and_head: QuantSpec | None = None
+    """Grid of the linears outside the blocks."""
     quantize_attention: bool = False
     """Whether the products of attention are on ranges of each call."""
     adapter: dict[str, object] = field(default_factory=dict)
@@ -109,8 +114,14 @@ def finished_run(root: Path, teacher: Path, family: Family, recipe: Recipe) -> P
     )  # fmt: skip
     for name, products in nearest_attentions(module, adapter.block_names).items():
         module.quantizers[name.replace(".", "/")] = products
+    module.outside_weight = recipe.stem_and_head
     generator = torch.Generator().manual_seed(0)
-    for name, layer in _layers(adapter, recipe, generator).items():
+    layers = _layers(adapter, recipe, generator)
+    for group in ends_groups(module, adapter.network("cpu")):
+        for name, linear in group.linears.items():
+            assert recipe.stem_and_head is not None
+            layers[name] = _closed(QuantLinear(linear, recipe.stem_and_head, recipe.activation))
+    for name, layer in layers.items():
         module.quantizers[name.replace(".", "/")] = layer
     module.final_error = {"round_to_nearest": 1.0, "reconstructed": 1.0}
     chosen = CalibrationSet.load(root / "calibration").fingerprint
@@ -143,11 +154,19 @@ def _layers(
                     learn_activation_clip=recipe.clip_logit is not None,
                     clip_start=recipe.clip_logit or 0.0,
                 )
-                weight = layer.fold()
-                assert layer.rounding is not None
-                layer.close(*layer.rounding.close(weight))
-                layers[f"{block_name}.{name}"] = layer
+                layers[f"{block_name}.{name}"] = _closed(layer)
     return layers
+
+
+def _closed(layer: QuantLinear) -> QuantLinear:
+    weight, spec = layer.fold(), layer.weight_spec
+    assert layer.rounding is not None
+    if spec.symmetric:
+        layer.close(*layer.rounding.close(weight))
+    else:
+        step, zero_point = mse_zero_points(weight, spec)
+        layer.close(codes(weight + step * zero_point, step, spec.signed), step, zero_point)
+    return layer
 
 
 def _transform(

@@ -21,6 +21,7 @@ from recon.export.finished import Finished
 from recon.export.format import Written
 from recon.export.layer import merged_weight, weights_only
 from recon.export.native import NativeFormat
+from recon.quantizers.spec import QuantSpec
 from tests.export.conftest import Made
 from tests.export.finished_run import (
     ASYMMETRIC8,
@@ -93,6 +94,39 @@ def test_quantised_attention_is_held_by_native_alone_and_by_weights(
     ways = [report(export(r, "native", tmp_path / n)) for n, r in (("a", root), ("b", unquantised))]
     noises = [way["reload"]["activation_noise"] for way in ways]
     assert noises[0] > noises[1]  # the products count as activations
+
+
+def test_stem_and_head_are_held_by_native_and_as_plain_weights(
+    run_of: Made, tmp_path: Path
+) -> None:
+    root = run_of("dit", Recipe(activation=TOKEN8, stem_and_head=bits(8)))
+    native = report(export(root, "native", tmp_path / "native"))
+    assert native["reload"]["difference"]["run"]["largest"] == 0.0
+    assert native["reload"]["quantized_layers"] == 2 * 7 + 5
+    assert native["bits"] == {"weight": [4, 8], "activation": [8]}
+    plain = report(export(root, "bf16", tmp_path / "bf16"))
+    assert plain["reload"]["difference"]["file"]["largest"] == 0.0
+    assert plain["reload"]["difference"]["run"]["relative"] < 1e-2
+    assert plain["bytes"]["ratio"] == 1
+    for name in ("torchao", "auto-round"):
+        reason = r"pos_embed\.proj is a quantised convolution and 2 linears are equal to one"
+        with pytest.raises(ExportError, match=reason) as refused:
+            export(root, name, tmp_path / name)
+        assert "hold it: native, bf16 (weights only)" in str(refused.value)
+
+
+def test_zero_points_of_weights_are_held_by_native_and_as_plain_weights(
+    run_of: Made, tmp_path: Path
+) -> None:
+    root = run_of("dit", Recipe(weight=QuantSpec(num_bits=4, symmetric=False)))
+    native = report(export(root, "native", tmp_path / "native"))
+    assert native["reload"]["difference"]["run"]["largest"] == 0.0
+    plain = report(export(root, "bf16", tmp_path / "bf16"))
+    assert 0 < plain["reload"]["difference"]["run"]["relative"] < 1e-2
+    for name in ("torchao", "auto-round"):
+        with pytest.raises(ExportError, match="has a zero-point for each row") as refused:
+            export(root, name, tmp_path / name)
+        assert "hold it: native, bf16 (weights only)" in str(refused.value)
 
 
 def test_a_run_that_shares_its_calibration_set_is_checked_on_it(

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from recon.errors import CapabilityMissing
+from recon.layers.patches import as_linear
 from recon.layers.quant_linear import QuantLinear
 from recon.layers.rounding import AdaptiveRounding, NearestRounding
 from recon.layers.transform import InputTransform, begin_all
@@ -234,3 +236,39 @@ def test_adaptive_rounding_starts_at_the_weight_and_ends_on_the_grid() -> None:
     found, same_scale = rounding.close(weight)
     assert torch.equal(same_scale, scale)
     assert (found - codes(weight, scale, WEIGHT)).abs().max() <= 1
+
+
+# In the place of a convolution
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_a_convolution_over_patches_is_a_linear_on_each_of_them(bias: bool) -> None:
+    convolution = nn.Conv2d(3, OUT, kernel_size=(2, 4), stride=(2, 4), bias=bias)
+    layer = QuantLinear(as_linear(convolution), QuantSpec(num_bits=8), None)
+    layer.kernel = (2, 4)
+    images = torch.randn(2, 3, 6, 8, generator=generator(3))
+    weight = layer.quantized_weight().reshape(convolution.weight.shape)
+    expected = functional.conv2d(images, weight, convolution.bias, stride=(2, 4))
+    torch.testing.assert_close(layer(images), expected)
+    # Each patch has a range of its own: a bright one does not touch the others.
+    layer.activation_spec = QuantSpec(num_bits=2, strategy="token", dynamic=True)
+    before = layer(images)
+    images[:, :, :2, :4] *= 100
+    changed = (layer(images) - before).abs().amax(dim=(0, 1)) > 0
+    assert changed.tolist() == [[True, False], [False, False], [False, False]]
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (nn.Conv2d(3, 4, 3, stride=2), "kernel and stride must be equal"),
+        (nn.Conv2d(3, 4, 2, stride=2, padding=1), "without padding"),
+        (nn.Conv2d(4, 4, 2, stride=2, groups=2), "or groups"),
+        (nn.LayerNorm(4), "A LayerNorm cannot be quantised as a Linear"),
+    ],
+    ids=["overlapping", "padded", "grouped", "no linear"],
+)
+def test_what_is_no_linear_over_patches_is_refused(module: nn.Module, reason: str) -> None:
+    with pytest.raises(CapabilityMissing, match=reason):
+        as_linear(module)

@@ -247,7 +247,7 @@ def spoil_codes(folder: Path) -> None:
 
 def spoil_version(folder: Path) -> None:
     path = folder / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 99'))
+    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 99'))
 
 
 def spoil_adapter(folder: Path) -> None:
@@ -260,7 +260,7 @@ def spoil_adapter(folder: Path) -> None:
     [
         (spoil_nothing, r"manifest\.json is missing: .* is no finished result"),
         (spoil_codes, r"quantized\.safetensors is missing or differs"),
-        (spoil_version, "has format_version 99, this recon reads 2"),
+        (spoil_version, "has format_version 99, this recon reads 3"),
         (spoil_adapter, "names the adapter json.dumps, which is no ModelAdapter"),
     ],
 )

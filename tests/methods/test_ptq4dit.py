@@ -168,6 +168,7 @@ def test_rounding_can_start_halfway_to_the_codes_that_gptq_finds_on_balanced_inp
 
 CPU = torch.device("cpu")
 STATIC = QuantSpec(num_bits=8, strategy="tensor", symmetric=False)
+ASYMMETRIC = QuantSpec(num_bits=3, symmetric=False)
 SWITCHES: list[dict[str, Any]] = [
     {"balance": "none"},
     {"reconstruct": False},
@@ -181,6 +182,9 @@ SWITCHES: list[dict[str, Any]] = [
     {"lambda_scaling": "none", "rounding_weight": 10.0},
     {"grid": 2},
     {"rounding_start": "gptq"},
+    {"weight": ASYMMETRIC},
+    {"weight": ASYMMETRIC, "rounding_start": "gptq"},
+    {"weight": ASYMMETRIC, "reconstruct": False},
     {"activation": STATIC},
     {"activation": STATIC, "balance": "none"},
     {"activation": STATIC, "reconstruct": False},

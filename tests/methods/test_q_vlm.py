@@ -429,7 +429,7 @@ def test_gptq_is_taken_where_it_lowers_the_block_objective(pictures: Path, tmp_p
         ({"shrinks": ()}, r"shrinks must be shares in \(0\.0, 1\], at least one, got \(\)"),
         ({"percentiles": (0.4,)}, r"percentiles must be shares in \(0\.5, 1\]"),
         ({"grid": "percentile"}, "ranges of tokens are taken at run time"),
-        ({"weight": QuantSpec(strategy="channel", symmetric=False)}, "weights have no zero-point"),
+        ({"weight": QuantSpec(strategy="channel", symmetric=False)}, "finds no zero-points"),
     ],
 )
 def test_what_cannot_work_is_refused(changed: dict[str, Any], message: str, pictures: Path) -> None:

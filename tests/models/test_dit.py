@@ -17,7 +17,12 @@ from recon.layers.quant_linear import QuantLinear
 from recon.layers.rounding import AdaptiveRounding, NearestRounding
 from recon.layers.static_range import StaticRange
 from recon.layers.tree import replace, shared_copy
-from recon.models.adapter import ExposesAttention, FoldsScales, missing_attributes
+from recon.models.adapter import (
+    ExposesAttention,
+    ExposesEnds,
+    FoldsScales,
+    missing_attributes,
+)
 from recon.models.dit import MODULATED, DiT
 from recon.models.folding import scale_rows
 from recon.models.weights import own_memory
@@ -326,7 +331,7 @@ def test_a_block_may_be_compiled_once_for_all(products: Any, tmp_path: Path) -> 
 
 
 @torch.no_grad()
-def test_a_network_from_given_weights_may_lack_those_of_block_linears(folder: Path) -> None:
+def test_a_network_from_given_weights_may_lack_those_of_linears(folder: Path) -> None:
     adapter = DiT(str(folder))
     weights = adapter.weights.load_names(adapter.weights.keys(), torch.float32, "cpu")
     lacking = dict(weights)
@@ -340,10 +345,61 @@ def test_a_network_from_given_weights_may_lack_those_of_block_linears(folder: Pa
     linear.load_state_dict(given, assign=True)
     sample = tiny_image_sample(adapter.config, 2)
     assert torch.equal(stock_output(network, sample), stock_output(stock(folder), sample))
-    # an embedder's Linears are no Linears of the block
-    del lacking["transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.weight"]
-    with pytest.raises(WeightsError, match=r"missing \['transformer_blocks\.1\.norm1\.emb\.time"):
+    ends = [n for group in (*adapter.stem_groups(), *adapter.head_groups()) for n in group.linears]
+    for name in (*ends, *adapter.copies()):
+        del lacking[f"{name}.weight"]
+    assert alone.network_from(lacking, "cpu").get_submodule("pos_embed.proj").weight.is_meta
+    del lacking["transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"]
+    with pytest.raises(WeightsError, match=r"missing \['transformer_blocks\.1\.norm1\.emb\.class"):
         alone.network_from(lacking, "cpu")
+
+
+# Stem and head
+
+
+@torch.no_grad()
+def test_stem_and_head_are_those_of_the_network_and_can_be_replaced(folder: Path) -> None:
+    adapter, network = DiT(str(folder)), stock(folder)
+    assert isinstance(adapter, ExposesEnds)
+    groups = (*adapter.stem_groups(), *adapter.head_groups())
+    ends, sample = adapter.ends("cpu"), tiny_image_sample(adapter.config, 2)
+    state = adapter.embed(sample, "cpu")
+    for group in groups:
+        for name in group.linears:
+            weight = f"{name}.weight"
+            assert torch.equal(ends.get_parameter(weight), network.get_parameter(weight))
+    for name, first in adapter.copies().items():
+        one, other = (network.get_parameter(f"{linear}.weight") for linear in (name, first))
+        assert torch.equal(one, other)
+    named = {name for group in groups for name in group.linears} | set(adapter.copies())
+    inside = {f"{b}.{n}" for b in adapter.block_names for n in adapter.linear_shapes(b)}
+    every = {n for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    assert named | inside == every
+    assert not named & inside
+    # Every one of them is in use, and only in the tree that it is replaced in.
+    for group in groups:
+        for name in group.linears:
+            halved = adapter.ends("cpu")
+            halved.set_submodule(name, copy.deepcopy(halved.get_submodule(name)))
+            halved.get_parameter(f"{name}.weight").mul_(0.5)
+            changed = adapter.embed_with(halved, sample, "cpu")
+            if group in adapter.stem_groups():
+                assert any(not torch.equal(changed[key], state[key]) for key in state)
+            else:
+                outputs = [adapter.output_with(e, sample, state, "cpu") for e in (halved, ends)]
+                assert not torch.equal(*outputs)
+    again = adapter.embed(sample, "cpu")
+    assert all(torch.equal(again[key], state[key]) for key in state)
+
+
+def test_without_weights_to_look_at_the_embedders_are_taken_to_be_equal(tmp_path: Path) -> None:
+    whole = write_tiny_dit(tmp_path / "whole", equal_embedders=False, layers=3)
+    assert DiT(str(whole)).copies() == {}
+    assert len(DiT(str(whole)).stem_groups()) == 2 + 3
+    (tmp_path / "alone" / "transformer").mkdir(parents=True)
+    config = (whole / "transformer" / "config.json").read_text()
+    (tmp_path / "alone" / "transformer" / "config.json").write_text(config)
+    assert len(DiT(str(tmp_path / "alone")).copies()) == 2 * 2
 
 
 def test_a_network_can_be_saved_and_is_the_public_class(tiny: Path, tmp_path: Path) -> None:

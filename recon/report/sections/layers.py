@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import nn
 
 from recon.engine.native import Native
+from recon.models.adapter import ExposesEnds
 from recon.quantizers.spec import QuantSpec
 from recon.report.run import Missing, Run
 
@@ -78,7 +79,7 @@ def build(run: Run) -> Layers | Missing:
             reason=_reason(name, roles.get(name), adaln, blocks),
         )
         for name, size in linears.items()
-        if name not in described
+        if name not in described and name not in native.manifest["copies"]
     ]
     done, rest = sum(row.weights for row in quantised), sum(row.weights for row in left)
     tensors, values = _others(native)
@@ -89,21 +90,29 @@ def build(run: Run) -> Layers | Missing:
 
 
 def layer_roles(native: Native) -> dict[str, str]:
-    """Role of every linear inside the blocks, by full dotted name, in call order."""
-    return {
+    """Role of every linear inside the blocks, stem and head, by full dotted name."""
+    adapter = native.adapter
+    roles: dict[str, str] = {
         f"{block}.{name}": group.role
-        for block in native.adapter.block_names
-        for group in native.adapter.input_groups(block)
+        for block in adapter.block_names
+        for group in adapter.input_groups(block)
         for name in group.linears
     }
+    if isinstance(adapter, ExposesEnds):
+        ends = (*adapter.stem_groups(), *adapter.head_groups())
+        roles |= {name: group.role for group in ends for name in group.linears}
+    return roles
 
 
 def inside_block(native: Native, name: str) -> tuple[int, str]:
-    """Place of a linear's block among the blocks, and the linear's name inside it."""
+    """Place of a linear's block among the blocks, and the linear's name inside it.
+
+    Outside the blocks: 0 and the full name.
+    """
     for place, block in enumerate(native.adapter.block_names):
         if name.startswith(f"{block}."):
             return place, name.removeprefix(f"{block}.")
-    raise ValueError(f"{name} is in none of {native.adapter.block_names}.")
+    return 0, name
 
 
 def _quantised(native: Native, name: str, role: str, parts: Mapping[str, Parts]) -> Row:
@@ -116,7 +125,7 @@ def _quantised(native: Native, name: str, role: str, parts: Mapping[str, Parts])
         shape=_shape(*size),
         weights=prod(size),
         role=_words(role),
-        weight=_grid(QuantSpec(**native.manifest["weight"])),
+        weight=_grid(QuantSpec(**facts["weight"])),
         activation=_grid(QuantSpec(**spec)) if spec else "full precision",
         transform=_transform(parts.get(facts["transform"], {})),
     )
