@@ -5,19 +5,22 @@ never shown.
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
 from types import MappingProxyType
 
-from recon.zoo.vlm_scenes import OBJECTS, SIDE, SIZES, Arrangement, Object
+from recon.zoo.vlm_scenes import OBJECTS, QUADRANTS, SIDE, SIZES, Arrangement, Object
 from recon.zoo.world import COLOURS, SHAPES, Split
 
 CLEAR = 4.0
-"""Least distance, pixels, of what is compared in place: nothing is asked that is nearly even."""
-QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
+"""Least distance, pixels, by which an object is the outermost: nothing is asked that is nearly
+even."""
 NUMBERS = tuple(str(number) for number in range(OBJECTS[1] + 1))
-YES_NO = ("yes", "no")
+ATTRIBUTES: Mapping[str, Sequence[str]] = MappingProxyType(
+    {"colour": tuple(COLOURS), "shape": SHAPES}
+)
+"""What is asked for -> all answers."""
 PLURALS: Mapping[str, str] = MappingProxyType({shape: f"{shape}s" for shape in SHAPES})
 
 EXTREMES: Mapping[str, Callable[[Object], float]] = MappingProxyType(
@@ -29,15 +32,8 @@ EXTREMES: Mapping[str, Callable[[Object], float]] = MappingProxyType(
     }
 )
 """Word -> what is least for the object it means."""
-RELATIONS: Mapping[str, Callable[[Object, Object], float]] = MappingProxyType(
-    {
-        "left of": lambda one, other: other.x - one.x,
-        "right of": lambda one, other: one.x - other.x,
-        "above": lambda one, other: other.y - one.y,
-        "below": lambda one, other: one.y - other.y,
-    }
-)
-"""Words -> pixels by which they hold; negative: by which the opposite does."""
+LARGEST: Mapping[str, str] = MappingProxyType({"largest": "large", "smallest": "small"})
+"""Word -> the size that one object alone has."""
 
 
 @dataclass(frozen=True)
@@ -64,24 +60,35 @@ class Topic:
     train: tuple[str, ...]
     """Wordings of the training split, with gaps."""
     evaluation: tuple[str, ...]
-    note: str
-    """What stands before the answer where facts are noted down rather than asked for."""
 
     def wordings(self, split: Split) -> tuple[str, ...]:
         """The split's wordings."""
         return self.train if split == "train" else self.evaluation
 
 
+def _only(arrangement: Arrangement, attribute: str) -> dict[str, Object]:
+    """Values of an attribute that one object alone has -> that object."""
+    seen = [getattr(each, attribute) for each in arrangement.objects]
+    return {
+        value: each
+        for each, value in zip(arrangement.objects, seen, strict=True)
+        if seen.count(value) == 1
+    }
+
+
+def named(arrangement: Arrangement) -> list[tuple[str, Object]]:
+    """Objects with words that mean no other: the only one of a shape, the only one of a colour."""
+    shapes = _only(arrangement, "shape")
+    colours = _only(arrangement, "colour")
+    return [*shapes.items(), *((f"{colour} object", each) for colour, each in colours.items())]
+
+
 def _of_only(asked: str, known: str) -> Facts:
     """Asks for an attribute of the only object of another attribute."""
 
     def facts(arrangement: Arrangement) -> list[Fact]:
-        seen = [getattr(each, known) for each in arrangement.objects]
-        return [
-            Fact((value,), getattr(each, asked))
-            for each, value in zip(arrangement.objects, seen, strict=True)
-            if seen.count(value) == 1
-        ]
+        meant = _only(arrangement, known)
+        return [Fact((value,), getattr(each, asked)) for value, each in meant.items()]
 
     return facts
 
@@ -115,64 +122,43 @@ def _count(attribute: str, words: Mapping[str, str]) -> Facts:
 
 def _quadrants(arrangement: Arrangement) -> list[Fact]:
     """Asks for the quarter of the picture in which an object lies."""
-    half = SIDE / 2
     return [
-        Fact(
-            (each.name,),
-            f"{'top' if each.y < half else 'bottom'} {'left' if each.x < half else 'right'}",
-        )
-        for each in arrangement.objects
-        if min(abs(each.x - half), abs(each.y - half)) >= CLEAR / 2
+        Fact((name,), each.quadrant)
+        for name, each in named(arrangement)
+        if min(abs(each.x - SIDE / 2), abs(each.y - SIDE / 2)) >= CLEAR / 2
     ]
 
 
-def _relations(arrangement: Arrangement) -> list[Fact]:
-    """Asks whether one object lies to a side of another."""
-    return [
-        Fact((one.name, words, other.name), _yes_or_no(distance(one, other) > 0))
-        for one, other in permutations(arrangement.objects, 2)
-        for words, distance in RELATIONS.items()
-        if abs(distance(one, other)) >= CLEAR
-    ]
+def _of_largest(asked: str) -> Facts:
+    """Asks for an attribute of the only large or the only small object."""
+
+    def facts(arrangement: Arrangement) -> list[Fact]:
+        meant = _only(arrangement, "size")
+        return [
+            Fact((word,), getattr(meant[size], asked))
+            for word, size in LARGEST.items()
+            if size in meant
+        ]
+
+    return facts
 
 
-def _larger(arrangement: Arrangement) -> list[Fact]:
-    """Asks whether one object is larger than another."""
-    return [
-        Fact((one.name, other.name), _yes_or_no(one.size == "large"))
-        for one, other in permutations(arrangement.objects, 2)
-        if one.size != other.size
-    ]
+def _most_frequent(asked: str) -> Facts:
+    """Asks for the value of an attribute that more objects have than any other."""
+
+    def facts(arrangement: Arrangement) -> list[Fact]:
+        counts = Counter(getattr(each, asked) for each in arrangement.objects).most_common(2)
+        tied = len(counts) > 1 and counts[0][1] == counts[1][1]
+        return [] if tied else [Fact((asked,), counts[0][0])]
+
+    return facts
 
 
-def _more(arrangement: Arrangement) -> list[Fact]:
-    """Asks whether there are more objects of one shape than of another."""
-    seen = [each.shape for each in arrangement.objects]
-    return [
-        Fact((PLURALS[one], PLURALS[other]), _yes_or_no(seen.count(one) > seen.count(other)))
-        for one, other in permutations(sorted(set(seen)), 2)
-    ]
-
-
-def _same_colour(arrangement: Arrangement) -> list[Fact]:
-    """Asks whether the objects farthest to two sides have the same colour."""
-    meant = {word: _extreme(arrangement, word) for word in EXTREMES}
-    return [
-        Fact((one, other), _yes_or_no(first.colour == second.colour))
-        for (one, first), (other, second) in permutations(meant.items(), 2)
-        if first is not None and second is not None and first is not second
-    ]
-
-
-def _yes_or_no(answer: bool) -> str:
-    return YES_NO[0] if answer else YES_NO[1]
-
-
-def _attribute(asked: str, answers: Sequence[str], facts: Facts, noun: str) -> Topic:
+def _attribute(kind: str, asked: str, facts: Facts, noun: str) -> Topic:
     """Questions for colour or shape of what the noun says."""
     return Topic(
-        asked,
-        answers,
+        kind,
+        ATTRIBUTES[asked],
         facts,
         train=(
             f"what {asked} is the {noun}?",
@@ -183,7 +169,6 @@ def _attribute(asked: str, answers: Sequence[str], facts: Facts, noun: str) -> T
             f"what is the {asked} of the {noun}?",
             f"what {asked} does the {noun} have?",
         ),
-        note=f"{asked} {{}}",
     )
 
 
@@ -198,16 +183,31 @@ def _number(attribute: str, words: Mapping[str, str], noun: str) -> Topic:
             f"count the {noun}",
             f"what is the number of {noun}?",
         ),
-        evaluation=(f"how many {noun} are there in the picture?", f"name the number of {noun}"),
-        note="count {}",
+        evaluation=(
+            f"what number of {noun} is in the picture?",
+            f"what is the number of {noun} in the picture?",
+        ),
+    )
+
+
+def _frequent(asked: str) -> Topic:
+    """Questions for the most frequent colour or shape."""
+    return Topic(
+        "comparison",
+        ATTRIBUTES[asked],
+        _most_frequent(asked),
+        train=(
+            "which {} is the most frequent?",
+            "what is the most frequent {}?",
+            "name the {} of most objects",
+        ),
+        evaluation=("what {} is the most frequent?", "what is the {} of most objects?"),
     )
 
 
 TOPICS = (
-    _attribute("colour", tuple(COLOURS), _of_only("colour", "shape"), "{}"),
-    _attribute("colour", tuple(COLOURS), _of_extreme("colour"), "{} object"),
-    _attribute("shape", SHAPES, _of_only("shape", "colour"), "{} object"),
-    _attribute("shape", SHAPES, _of_extreme("shape"), "{} object"),
+    _attribute("colour", "colour", _of_only("colour", "shape"), "{}"),
+    _attribute("shape", "shape", _of_only("shape", "colour"), "{} object"),
     _number("shape", PLURALS, "{}"),
     _number("colour", {colour: colour for colour in COLOURS}, "{} objects"),
     _number("size", {size: size for size in SIZES}, "{} objects"),
@@ -215,67 +215,15 @@ TOPICS = (
         "position",
         QUADRANTS,
         _quadrants,
-        train=("where is the {}?", "in which corner is the {}?", "name the place of the {}"),
-        evaluation=("in what corner is the {}?", "what is the place of the {}?"),
-        note="place {}",
+        train=("where is the {}?", "in which quarter is the {}?", "name the place of the {}"),
+        evaluation=("in what quarter is the {}?", "what is the place of the {}?"),
     ),
-    Topic(
-        "position",
-        YES_NO,
-        _relations,
-        train=(
-            "is the {} {} the {}?",
-            "does the {} lie {} the {}?",
-            "the {} is {} the {}: yes or no?",
-        ),
-        evaluation=("is the place of the {} {} the {}?", "yes or no: does the {} lie {} the {}?"),
-        note="{} {} {}",
-    ),
-    Topic(
-        "comparison",
-        YES_NO,
-        _larger,
-        train=(
-            "is the {} larger than the {}?",
-            "does the {} look larger than the {}?",
-            "the {} is larger than the {}: yes or no?",
-        ),
-        evaluation=(
-            "yes or no: is the {} larger than the {}?",
-            "yes or no: does the {} look larger than the {}?",
-        ),
-        note="{} larger than {}",
-    ),
-    Topic(
-        "comparison",
-        YES_NO,
-        _more,
-        train=(
-            "are there more {} than {}?",
-            "is the number of {} larger than the number of {}?",
-            "there are more {} than {}: yes or no?",
-        ),
-        evaluation=(
-            "yes or no: are there more {} than {}?",
-            "are more {} than {} in the picture?",
-        ),
-        note="more {} than {}",
-    ),
-    Topic(
-        "comparison",
-        YES_NO,
-        _same_colour,
-        train=(
-            "is the {} object of the same colour as the {} object?",
-            "does the {} object have the same colour as the {} object?",
-            "the {} object is of the same colour as the {} object: yes or no?",
-        ),
-        evaluation=(
-            "yes or no: does the {} object have the same colour as the {} object?",
-            "is the colour of the {} object the same as of the {} object?",
-        ),
-        note="{} same colour as {}",
-    ),
+    _attribute("position", "colour", _of_extreme("colour"), "{} object"),
+    _attribute("position", "shape", _of_extreme("shape"), "{} object"),
+    _attribute("comparison", "colour", _of_largest("colour"), "{} object"),
+    _attribute("comparison", "shape", _of_largest("shape"), "{} object"),
+    _frequent("colour"),
+    _frequent("shape"),
 )
 """All forms of question."""
 KINDS = tuple(dict.fromkeys(topic.kind for topic in TOPICS))
@@ -301,7 +249,7 @@ def vocabulary() -> list[str]:
         *SIZES,
         *PLURALS,
         *EXTREMES,
-        *RELATIONS,
+        *LARGEST,
         *PLURALS.values(),
         *(text for topic in TOPICS for text in (*topic.answers, *topic.train, *topic.evaluation)),
     ]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from recon.zoo.vlm_facts import KINDS, TOPICS, random_fact
+from recon.zoo.vlm_facts import KINDS
 from recon.zoo.vlm_questions import Question, ask
 from recon.zoo.vlm_scenes import Arrangement
-from recon.zoo.vlm_sight import image_tokens, words_of
+from recon.zoo.vlm_sight import image_tokens
 from recon.zoo.vlm_teacher import ASSISTANT, BEGIN, END, IMAGE, IMAGE_TOKENS, USER
 from recon.zoo.world import Split
 
@@ -90,28 +90,6 @@ def answer_logits(
     ).last_hidden_state
     counted = packed.targets != IGNORED
     return model.lm_head(hidden[counted]), packed.targets[counted]
-
-
-def descriptions(arrangement: Arrangement, rng: random.Random) -> Question:
-    """A chat that describes all objects, these and the words of each in random order.
-
-    With every word a network learns to look up an object by what has been said of it.
-    """
-    said = []
-    for each in rng.sample(arrangement.objects, len(arrangement.objects)):
-        said += rng.sample(words_of(each), len(words_of(each)))
-    return Question("description", "name the objects", None, " ".join(said))
-
-
-def notes(arrangement: Arrangement, count: int, rng: random.Random) -> Question:
-    """A chat that notes `count` facts down: questions and answers at a third of their length."""
-    said: list[str] = []
-    while len(said) < count:
-        topic = rng.choice(TOPICS)
-        fact = random_fact(topic, arrangement, rng)
-        if fact is not None:
-            said.append(f"{topic.note.format(*fact.words)} {fact.answer}")
-    return Question("notes", "name the picture", None, " ".join(said))
 
 
 def questions(

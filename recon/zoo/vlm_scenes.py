@@ -27,7 +27,9 @@ SIZES: Mapping[str, tuple[float, float]] = MappingProxyType(
     {"small": (3.4, 4.0), "large": (5.6, 6.2)}
 )
 """Size name -> range of the radius of the circle of the same area, pixels."""
-APART = 9.0
+QUADRANTS = ("northwest", "northeast", "southwest", "southeast")
+"""Quarters of a picture: a word each, as colours and shapes have."""
+APART = 12.5
 """Least distance of two centres along at least one axis, pixels: more than the side of a patch, so
 that no patch holds two centres."""
 
@@ -57,6 +59,11 @@ class Object:
     def name(self) -> str:
         """Colour and shape, which no other object of the picture shares."""
         return f"{self.colour} {self.shape}"
+
+    @property
+    def quadrant(self) -> str:
+        """The quarter of the picture that holds the centre."""
+        return QUADRANTS[2 * (self.y >= SIDE / 2) + (self.x >= SIDE / 2)]
 
     def reach(self) -> tuple[float, float]:
         """Half the width and half the height of the bounding box."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from recon.zoo.vlm_scenes import SIDE, SIZES, Arrangement, Object
+from recon.zoo.vlm_scenes import QUADRANTS, SIDE, SIZES, Arrangement, Object
 from recon.zoo.vlm_teacher import GRID, IMAGE_TOKENS, MEAN, PATCH, STD
 from recon.zoo.world import COLOURS, SHAPES
 
@@ -20,8 +20,7 @@ _WORDS: tuple[tuple[str, ...], ...] = (
     tuple(COLOURS),
     SHAPES,
     tuple(SIZES),
-    ("left", "right"),
-    ("top", "bottom"),
+    QUADRANTS,
 )
 """The words of each attribute that an image token is aligned with."""
 
@@ -44,9 +43,7 @@ def image_tokens(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor
 
 def words_of(each: Object) -> tuple[str, ...]:
     """The word of each attribute that is true of an object."""
-    across = "left" if each.x < SIDE / 2 else "right"
-    down = "top" if each.y < SIDE / 2 else "bottom"
-    return each.colour, each.shape, each.size, across, down
+    return each.colour, each.shape, each.size, each.quadrant
 
 
 def annotate(arrangements: Sequence[Arrangement]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The vision-language teacher's parts: a tiny LLaVA for the procedural world.
 
 `transformers` and `tokenizers` own every class here; this module fixes their sizes. Geometry: a
-picture of 48 x 48 pixels is cut by 8 x 8 patches into 36 image tokens.
+picture of 48 x 48 pixels is cut by 12 x 12 patches into 16 image tokens.
 """
 
 import copy
@@ -29,19 +29,19 @@ from recon.zoo.vlm_facts import vocabulary
 from recon.zoo.vlm_questions import LETTERS
 from recon.zoo.vlm_scenes import SIDE
 
-PATCH = 8
+PATCH = 12
 """Side of a patch, pixels."""
 GRID = SIDE // PATCH
 IMAGE_TOKENS = GRID * GRID
 CONTEXT = 128
-"""Longest sequence; a question with choices and its picture has about 70 tokens."""
+"""Longest sequence; a question with choices and its picture has about 45 tokens."""
 
-WIDTH = 96
+WIDTH = 64
 """Of the decoder."""
 LAYERS = 8
 VISION_WIDTH = 96
-ANSWER_TOKENS = 3
-"""Longest answer with the token that ends it, such as "top left"."""
+ANSWER_TOKENS = 2
+"""Longest answer, a word, with the token that ends it."""
 
 PAD, BEGIN, END, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 USER, ASSISTANT = "USER", "ASSISTANT"
@@ -120,7 +120,7 @@ def build_model(
             text_config=LlamaConfig(
                 vocab_size=len(tokenizer),
                 hidden_size=WIDTH,
-                intermediate_size=256,
+                intermediate_size=3 * WIDTH,
                 num_hidden_layers=layers,
                 num_attention_heads=4,
                 num_key_value_heads=4,

@@ -1,8 +1,8 @@
 """The vision-language teacher's training from nothing to its folder.
 
-Three stages, each from the running average that the one before it left: the vision tower learns to
-speak the decoder's words, the decoder learns to describe and to note facts down, and then to answer
-questions.
+Three stages, each from the running average that the one before left: the vision tower learns to
+speak the decoder's words, the decoder learns to answer in a word, and then by letters of choices
+too.
 """
 
 import logging
@@ -20,8 +20,8 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from recon.zoo import vlm_teacher
 from recon.zoo.averaging import muon_and_adamw, train_averaged
-from recon.zoo.video_recipe import cosine
-from recon.zoo.vlm_lessons import answer_logits, descriptions, notes, pack, questions
+from recon.zoo.video_recipe import constant, cosine
+from recon.zoo.vlm_lessons import answer_logits, pack, questions
 from recon.zoo.vlm_questions import Question
 from recon.zoo.vlm_recipe import Recipe
 from recon.zoo.vlm_scenes import Arrangement, pixels, random_arrangements
@@ -58,7 +58,7 @@ class Lessons:
 
 
 def prepare(recipe: Recipe) -> Lessons:
-    """Rendered pictures of the training split."""
+    """Rendered pictures of the training split, and what draws from them."""
     arrangements = random_arrangements(recipe.seed + 3, recipe.pictures, "train")
     return Lessons(
         arrangements=arrangements,
@@ -122,10 +122,10 @@ def train_decoder(
     *,
     name: str,
     steps: int,
-    rate: float,
+    factor: Callable[[int], float],
     save: Callable[[LlavaForConditionalGeneration], None] | None = None,
 ) -> LlavaForConditionalGeneration:
-    """Running average of the network whose decoder learns, the learning rate falling to zero.
+    """Running average of the network whose decoder learns.
 
     Vision tower and projector stand still: at the decoder's rate, its first gradients would undo
     what they learned before it could make use of it.
@@ -135,14 +135,43 @@ def train_decoder(
     return train_averaged(
         model,
         loss_of,
-        muon_and_adamw(model, rate, _is_matrix),
+        muon_and_adamw(model, recipe.rate, _is_matrix),
         name=name,
         steps=steps,
-        factor=partial(cosine, steps=steps, warmup=min(recipe.warmup, steps)),
+        factor=factor,
         average=recipe.average,
         save=save,
         save_every=recipe.save_every,
     ).requires_grad_(True)
+
+
+def train_on_questions(
+    model: LlavaForConditionalGeneration,
+    recipe: Recipe,
+    lessons: Lessons,
+    out: Path,
+    *,
+    steps: int,
+    choices: float,
+) -> LlavaForConditionalGeneration:
+    """Running average of the network whose decoder learns from questions.
+
+    With choices among them, the rate falls to zero and the folder is written on the way.
+    """
+
+    def asked(arrangement: Arrangement) -> list[Question]:
+        return list(questions(arrangement, recipe.questions, lessons.rng, "train", choices=choices))
+
+    schedule = partial(cosine, steps=steps) if choices else constant
+    return train_decoder(
+        model,
+        lambda network: lessons.answer_loss(network, recipe.batch, asked),
+        recipe,
+        name="both forms" if choices else "short answers",
+        steps=steps,
+        factor=partial(schedule, warmup=min(recipe.warmup, steps)),
+        save=partial(vlm_teacher.save, out) if choices else None,
+    )
 
 
 def train(recipe: Recipe, out: Path) -> None:
@@ -154,36 +183,9 @@ def train(recipe: Recipe, out: Path) -> None:
     """
     begin = time.monotonic()
     lessons = prepare(recipe)
-    logger.info("%d pictures after %.0f s", recipe.pictures, time.monotonic() - begin)
     model = train_sight(recipe, lessons, start_model(lessons.tokenizer, recipe.seed + 2))
-    rng = lessons.rng
-
-    def dense(arrangement: Arrangement) -> list[Question]:
-        pairs = (
-            (descriptions(arrangement, rng), notes(arrangement, recipe.notes, rng))
-            for _ in range(recipe.dense_pairs)
-        )
-        return [chat for pair in pairs for chat in pair]
-
-    def asked(arrangement: Arrangement) -> list[Question]:
-        return list(questions(arrangement, recipe.questions, rng, "train", choices=recipe.choices))
-
-    model = train_decoder(
-        model,
-        lambda network: lessons.answer_loss(network, recipe.dense_batch, dense),
-        recipe,
-        name="descriptions and notes",
-        steps=recipe.dense_steps,
-        rate=recipe.dense_rate,
-    )
-    model = train_decoder(
-        model,
-        lambda network: lessons.answer_loss(network, recipe.batch, asked),
-        recipe,
-        name="questions",
-        steps=recipe.steps,
-        rate=recipe.rate,
-        save=partial(vlm_teacher.save, out),
-    )
+    taught = partial(train_on_questions, recipe=recipe, lessons=lessons, out=out)
+    model = taught(model, steps=recipe.short_steps, choices=0.0)
+    model = taught(model, steps=recipe.steps, choices=recipe.choices)
     vlm_teacher.save(out, model)
     logger.info("%s written after %.0f s", out, time.monotonic() - begin)
