@@ -61,7 +61,8 @@ class Reconstruction(LightningModule):
             an element-wise random mix of both.
         batch_size: Samples per optimizer step over all processes.
         micro_batch: Samples that go through the unit together: each pass quantises every weight of
-            the unit anew, whatever its number of tokens. Part of the arithmetic, as threads are.
+            the unit anew, whatever its number of tokens. Conversations are filled up to the
+            longest of them; filling enters no loss. Part of the arithmetic, as threads are.
         seed: Of everything random in the method.
         memory: Budgets of the carried streams.
         threads: CPU threads of each process; null leaves torch's choice. Sums are split by
@@ -611,16 +612,16 @@ class Reconstruction(LightningModule):
         """Terms of the loss of one micro-batch, added up over its samples."""
         if self.opened is None:
             return added(self.preparation_loss(sample, step) for sample in samples)
-        state = stage_data.joined(
-            [stage_data.input_state(self, sample, step) for sample in samples]
-        )
+        states = [stage_data.input_state(self, sample, step) for sample in samples]
+        state = stage_data.joined(self.adapter, states)
         student = self._run_learning(
             self.adapter, self.opened.student_blocks, self.opened.transforms, state
         )
         parts = self.adapter.tokens(student).chunk(len(samples))
+        lengths = [self.adapter.tokens(each).shape[1] for each in states]
         return added(
-            self.unit_loss(tokens, self.frontier.target(sample), sample)
-            for tokens, sample in zip(parts, samples, strict=True)
+            self.unit_loss(tokens[:, :length], self.frontier.target(sample), sample)
+            for tokens, length, sample in zip(parts, lengths, samples, strict=True)
         )
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

@@ -12,7 +12,12 @@ from recon.calibration.attention import AttentionColumnSums
 from recon.engine.unit import OpenUnit
 from recon.errors import CapabilityMissing, ConfigError
 from recon.layers.transform import InputTransform, begin_all
-from recon.models.adapter import ExposesAttention, ModelAdapter, missing_attributes
+from recon.models.adapter import (
+    ExposesAttention,
+    ModelAdapter,
+    RunsLeftToRight,
+    missing_attributes,
+)
 from recon.types import Sample, State
 
 if TYPE_CHECKING:
@@ -85,14 +90,21 @@ def input_state(module: "Reconstruction", sample: int, step: int) -> State:
     return student
 
 
-def joined(states: Sequence[State]) -> State:
-    """The states of several samples as one, along the batch.
+def joined(adapter: ModelAdapter, states: Sequence[State]) -> State:
+    """The states of several samples as one, along the batch, short ones filled up behind.
 
     Raises:
-        ConfigError: They differ in shape.
+        ConfigError: They differ in shape, and the adapter has no filling for that.
     """
     if len(states) == 1:
         return states[0]
+    if isinstance(adapter, RunsLeftToRight):
+        lengths = [adapter.tokens(state).shape[1] for state in states]
+        longest = max(lengths)
+        states = [
+            state if length == longest else adapter.filled(state, longest)
+            for state, length in zip(states, lengths, strict=True)
+        ]
     first = {name: tensor.shape for name, tensor in states[0].items()}
     if any({n: t.shape for n, t in state.items()} != first for state in states):
         raise ConfigError(

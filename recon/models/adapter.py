@@ -61,6 +61,22 @@ class ExposesAttention(Protocol):
 
 
 @runtime_checkable
+class RunsLeftToRight(Protocol):
+    """No token of a block reads a later one, so that samples of unequal lengths can run together.
+
+    Needed to micro-batch samples that have lengths of their own, such as conversations.
+    """
+
+    def filled(self, state: State, tokens: int) -> State:
+        """The state with filling behind its last token, `tokens` in all.
+
+        Raises:
+            ConfigError: The state cannot be filled.
+        """
+        ...
+
+
+@runtime_checkable
 class LaysOutTokens(Protocol):
     """The tokens of one stream stand on a grid over frames, height and width."""
 

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from recon.errors import CapabilityMissing, ConfigError
 from recon.models.adapter import Device, InputGroup
@@ -196,6 +197,20 @@ class VisionLanguageAdapter(TransformersNetwork):
     def token_streams(self, state: State) -> dict[str, slice]:
         """`text`: all tokens; pictures lie in between, where `image_tokens` says."""
         return {"text": slice(0, state["hidden_states"].shape[1])}
+
+    def filled(self, state: State, tokens: int) -> State:
+        """Zeros behind the last token, which none before them reads.
+
+        Raises:
+            ConfigError: The public class makes masks, which say of which tokens.
+        """
+        if "attention_mask" in state:
+            raise ConfigError(
+                f"The layers of {type(self).__name__} take a mask of each sample's own, so that "
+                "samples of unequal lengths cannot run together. Set model.micro_batch to 1."
+            )
+        more = tokens - state["hidden_states"].shape[1]
+        return {name: functional.pad(each, (0, 0, 0, more)) for name, each in state.items()}
 
     # Pictures
 

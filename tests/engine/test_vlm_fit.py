@@ -87,6 +87,24 @@ def test_a_fit_ends_and_loads_what_it_evaluates(
             assert torch.equal(loaded(**given).logits, evaluated(**given).logits)
 
 
+def test_samples_of_unequal_lengths_learn_together_as_they_do_alone(
+    teacher: Path, calibration: Path, tmp_path: Path
+) -> None:
+    losses = []
+    for micro_batch in (1, 2):
+        module = AdaRound(
+            adapter=Qwen25VL(str(teacher)),
+            weight=QuantSpec(num_bits=4),
+            activation=QuantSpec(num_bits=8, strategy="token", dynamic=True),
+            steps=6,
+            batch_size=2,
+            micro_batch=micro_batch,
+        )
+        fit(tmp_path / str(micro_batch), module, calibration)
+        losses.append([summary["loss_last"] for summary in module.history])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_refuses_to_treat_timesteps_apart_where_there_are_none(calibration: Path) -> None:
     with pytest.raises(CapabilityMissing, match="the calibration samples have none"):
         timestep_rows(CalibrationSet.load(calibration).samples)

@@ -81,6 +81,36 @@ def test_half_precision_gives_the_same_bits_too(family: str, folder: Path) -> No
     assert torch.equal(chained(adapter, sample), expected)
 
 
+def test_filling_behind_a_conversation_changes_none_of_its_tokens(
+    family: str, folder: Path
+) -> None:
+    adapter = adapter_of(family, folder)
+    states = [
+        adapter.embed(tiny_vlm_sample(family, pictures, words=words), "cpu")
+        for pictures, words in ((1, 5), (2, 9))
+    ]
+    lengths = [adapter.tokens(state).shape[1] for state in states]
+    filled = [adapter.filled(state, max(lengths)) for state in states]
+    joined = {name: torch.cat([state[name] for state in filled]) for name in states[0]}
+    with torch.no_grad():
+        for name in adapter.block_names:
+            block = adapter.block(name, "cpu")
+            states = [adapter.forward_block(block, state) for state in states]
+            joined = adapter.forward_block(block, joined)
+    assert lengths[0] < lengths[1]
+    for row, (state, length) in enumerate(zip(states, lengths, strict=True)):
+        together = adapter.tokens(joined)[row : row + 1, :length]
+        torch.testing.assert_close(together, adapter.tokens(state), atol=1e-5, rtol=1e-5)
+
+
+def test_a_state_with_a_mask_of_its_own_is_not_filled(llava: Path) -> None:
+    adapter = adapter_of("llava", llava)
+    state = adapter.embed(tiny_vlm_sample("llava", 1), "cpu")
+    masked = state | {"attention_mask": torch.ones(1, 1, 9, 9, dtype=torch.bool)}
+    with pytest.raises(ConfigError, match=r"Set model\.micro_batch to 1"):
+        adapter.filled(masked, 99)
+
+
 def test_pictures_change_the_logits(family: str, folder: Path) -> None:
     adapter = adapter_of(family, folder)
     one, other = tiny_vlm_sample(family), tiny_vlm_sample(family, seed=1)
