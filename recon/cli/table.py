@@ -21,68 +21,8 @@ from typing import Any
 
 from rich.console import Console
 
+from recon.cli.table_rows import OF_SAMPLES, TEACHERS, Column, Results
 from recon.errors import ReconError
-
-Method = tuple[tuple[str, ...], tuple[str, ...]]
-"""Configurations under `configs`, the later ones over the earlier, and extra arguments."""
-
-NO_SDS = ("--data.sds.metric", "random")
-NO_STD = ("--model.std.lambda_min", "1.0")
-NO_BALANCE = ("--model.balance", "none")
-NO_RECONSTRUCTION = ("--model.reconstruct", "false")
-ON_IMAGES = "models/image_teacher"
-AS_LONG_AS_PTQ4DIT = ("--model.steps", "300", "--model.lr", "4e-2")
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """What the table runs on one of the embedded teachers, and where it keeps it."""
-
-    methods: dict[str, Method]
-    """Of each row. Round-to-nearest is measured beside every row."""
-    selection: str
-    """How configurations choose their calibration samples; a name for sets that are shared."""
-    bits: tuple[str, ...]
-    """Weight and activation bits where none are given."""
-    folder: Path
-    """Run folders where none is given."""
-
-
-TEACHERS: dict[str, Teacher] = {
-    "video": Teacher(
-        {
-            "smoothquant": (("smoothquant",), ()),
-            "gptq": (("gptq",), ()),
-            "adaround": (("adaround",), ()),
-            "s2q_vdit": (("s2q_vdit",), ()),
-            "s2q_base": (("s2q_vdit",), (*NO_SDS, *NO_STD)),
-            "s2q_sds": (("s2q_vdit",), NO_STD),
-            "s2q_std": (("s2q_vdit",), NO_SDS),
-        },
-        selection="salient",
-        bits=("4:6", "4:4"),
-        folder=Path("runs/table"),
-    ),
-    "image": Teacher(
-        {
-            "smoothquant": (("smoothquant", ON_IMAGES), ()),
-            "gptq": (("gptq", ON_IMAGES), ()),
-            "adaround": (("adaround", ON_IMAGES), AS_LONG_AS_PTQ4DIT),
-            "ptq4dit": (("ptq4dit",), ()),
-            "ptq4dit_faithful": (("ptq4dit_faithful",), ()),
-            "ptq4dit_reconstruction": (("ptq4dit",), NO_BALANCE),
-            "ptq4dit_from_weight": (("ptq4dit",), ("--model.rounding_start", "weight")),
-            "ptq4dit_balancing": (("ptq4dit",), NO_RECONSTRUCTION),
-            "ptq4dit_neither": (("ptq4dit",), (*NO_BALANCE, *NO_RECONSTRUCTION)),
-            "ptq4dit_mean": (("ptq4dit",), ("--model.salience", "mean")),
-            "ptq4dit_max": (("ptq4dit",), ("--model.salience", "max")),
-            "ptq4dit_midpoint": (("ptq4dit",), ("--model.salience", "midpoint")),
-        },
-        selection="stratified",
-        bits=("8:8", "4:8", "4:4"),
-        folder=Path("runs/table_image"),
-    ),
-}
 
 _LOCKS: defaultdict[Path, Lock] = defaultdict(Lock)
 
@@ -114,7 +54,8 @@ def table(arguments: Sequence[str]) -> None:
     rows = [Row(m, w, a, s) for m in options.methods for w, a in bits for s in options.seeds]
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda row: _run(row, options), rows))
-    lines = markdown(options.folder, options.methods, bits, options.seeds)
+    columns = TEACHERS[options.teacher].columns
+    lines = markdown(options.folder, options.methods, bits, options.seeds, columns)
     Console().print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
@@ -122,7 +63,8 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line, with what follows from the teacher filled in."""
     parser = argparse.ArgumentParser("recon table", description=__doc__)
     parser.add_argument("--teacher", default="video", choices=list(TEACHERS))
-    parser.add_argument("--folder", type=Path, help="runs/table or runs/table_image if not given.")
+    folders = ", ".join(str(teacher.folder) for teacher in TEACHERS.values())
+    parser.add_argument("--folder", type=Path, help=f"One of {folders} if not given.")
     parser.add_argument("--configs", type=Path, default=Path("configs"))
     named = "; ".join(f"{name}: {' '.join(t.methods)}" for name, t in TEACHERS.items())
     parser.add_argument("--methods", nargs="+", help=f"All if not given. {named}.")
@@ -162,10 +104,10 @@ def _run(row: Row, options: argparse.Namespace) -> None:
         *(part for name in configs for part in ("--config", str(options.configs / f"{name}.yaml"))),
         *extra,
         *("--model.weight.num_bits", str(row.weight)),
-        *("--model.activation.num_bits", str(row.activation)),
+        *_activation(row.activation),
         *("--model.seed", str(row.seed), "--data.seed", str(row.seed)),
         *("--data.folder", str(calibration)),
-        *("--data.baselines", str(options.folder / "baselines")),
+        *(("--data.baselines", str(options.folder / "baselines")) * teacher.keeps_baselines),
         *("--trainer.default_root_dir", str(root), "--ckpt_path", "last", *shared),
     ]
     if not (root / "summary.json").is_file():
@@ -173,6 +115,13 @@ def _run(row: Row, options: argparse.Namespace) -> None:
         with _LOCKS[calibration] if not calibration.exists() else nullcontext():
             _call(fit, root)
     _call(["test", "--run", str(root), *shared], root)
+
+
+def _activation(bits: int) -> tuple[str, str]:
+    """16 bits are the network's own: activations are left alone."""
+    if bits == 16:
+        return "--model.activation", "null"
+    return "--model.activation.num_bits", str(bits)
 
 
 def _call(arguments: list[str], root: Path) -> None:
@@ -185,29 +134,28 @@ def _call(arguments: list[str], root: Path) -> None:
 
 
 def markdown(
-    folder: Path, methods: Sequence[str], bits: Sequence[tuple[int, ...]], seeds: Sequence[int]
+    folder: Path,
+    methods: Sequence[str],
+    bits: Sequence[tuple[int, ...]],
+    seeds: Sequence[int],
+    columns: Sequence[Column] = OF_SAMPLES,
 ) -> list[str]:
     """The table's lines from the json files under `folder`."""
-    lines = [
-        "| bits | method | output error / RTN's | paired PSNR, dB | SSIM | oracle, all right |",
-        "|---|---|---|---|---|---|",
-    ]
+    titles = ["bits", "method", "output error / RTN's", *(column.title for column in columns)]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for weight, activation in bits:
         label = f"W{weight}A{activation}"
         runs = {m: [folder / Row(m, weight, activation, s).name for s in seeds] for m in methods}
         tests = {m: [_read(run / "test.json") for run in found] for m, found in runs.items()}
         anyone = next(iter(tests.values()))
-        teacher = _mean([test["full_precision"]["all"] for test in anyone], "{:.3f}")
-        lines.append(f"| – | full precision | 0 | ∞ | 1 | {teacher} |")
-        paired = [test["paired_round_to_nearest"] for test in anyone]
-        oracle = [test["round_to_nearest"]["all"] for test in anyone]
-        lines.append(_line(label, "round to nearest", [1.0] * len(seeds), paired, oracle))
+        # No seed reaches the network itself.
+        lines.append(_line("–", "full precision", [0.0], anyone[:1], "full_precision", columns))
+        ones = [1.0] * len(seeds)
+        lines.append(_line(label, "round to nearest", ones, anyone, "round_to_nearest", columns))
         for method in methods:
             errors = [_read(run / "summary.json")["error"] for run in runs[method]]
             ratios = [error["reconstructed"] / error["round_to_nearest"] for error in errors]
-            paired = [test["paired"] for test in tests[method]]
-            oracle = [test["quantized"]["all"] for test in tests[method]]
-            lines.append(_line(label, method, ratios, paired, oracle))
+            lines.append(_line(label, method, ratios, tests[method], "quantized", columns))
     return lines
 
 
@@ -215,20 +163,20 @@ def _line(
     label: str,
     method: str,
     ratios: list[float],
-    paired: list[dict[str, float]],
-    oracle: list[float],
+    tests: Sequence[Results],
+    model: str,
+    columns: Sequence[Column],
 ) -> str:
+    """One method's line: means over its tests."""
     cells = [
         _mean(ratios, "{:.3f}"),
-        _mean([row["psnr"] for row in paired], "{:.2f}"),
-        _mean([row["ssim"] for row in paired], "{:.4f}"),
-        _mean(oracle, "{:.3f}"),
+        *(_mean([column.of(test, model) for test in tests], column.form) for column in columns),
     ]
-    return f"| {label} | {method} | " + " | ".join(cells) + " |"
+    return f"| {label} | {method} | {' | '.join(cells)} |"
 
 
 def _mean(values: list[float], form: str) -> str:
-    mean = form.format(statistics.mean(values))
+    mean = form.format(statistics.mean(values)).replace("inf", "∞")
     return mean if len(values) < 2 else f"{mean} ± {form.format(statistics.stdev(values))}"
 
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import recon as package
+from recon import zoo
 from recon.datamodules.chat import Chat
 from recon.datamodules.questions import dataset_examples
 from recon.models.answering import AnsweringPipeline
@@ -17,6 +18,9 @@ from tests.datamodules.test_question_answering import SCIENCE, science
 from tests.datamodules.tiny_chat import write_tiny_chat
 
 Call = Callable[[list[str]], tuple[int, str]]
+
+EMBEDDED = ("--model.init_args.adapter.init_args.folder", str(zoo.folder("vlm")))
+"""Tests run elsewhere than in the repository's root, to which configurations are relative."""
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +119,43 @@ def test_fit_test_and_predict_on_questions(
         assert loss == row["quantized"]["negative_log_likelihood"]
         answer = loaded.answer(chat.prompt(example), 3, chat.end_tokens)
         assert chat.text(answer) == row["quantized"]["text"]
+
+
+@pytest.mark.slow
+def test_q_vlm_beats_round_to_nearest_on_the_embedded_teacher(recon: Call, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    status, printed = recon([
+        *("fit", "--config", str(CONFIGS / "q_vlm.yaml"), "--wandb", "false"),
+        *("--trainer.default_root_dir", str(root), "--trainer.accelerator", "cpu"),
+        *("--data.num_samples", "16", "--data.held_out_samples", "8", "--model.steps", "30"),
+        *EMBEDDED,
+    ])  # fmt: skip
+    assert status == 0, printed
+    error = json.loads((root / "summary.json").read_text())["error"]
+    assert error["reconstructed"] <= 0.6 * error["round_to_nearest"]
+    manifest = json.loads((root / "quantized" / "manifest.json").read_text())
+    for unit in manifest["unit_errors"]:
+        assert unit["block_error_final"] <= unit["block_error_joint"] <= unit["block_error_warm"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rtn", "smoothquant", "gptq", "adaround"])
+def test_the_baselines_run_on_the_embedded_teacher(
+    method: str, recon: Call, tmp_path: Path
+) -> None:
+    root = tmp_path / "run"
+    overlay = CONFIGS / "models" / "vlm_teacher.yaml"
+    steps = ["--model.steps", "5"] if method == "adaround" else []
+    status, printed = recon([
+        *("fit", "--config", str(CONFIGS / f"{method}.yaml"), "--config", str(overlay)),
+        *("--trainer.default_root_dir", str(root), "--trainer.accelerator", "cpu"),
+        *("--data.num_samples", "8", "--data.held_out_samples", "4", "--wandb", "false", *steps),
+        *EMBEDDED,
+    ])  # fmt: skip
+    assert status == 0, printed
+    summary = json.loads((root / "summary.json").read_text())
+    assert summary["bits"] == {"weight": 4, "activation": 4}
+    assert 0 < summary["error"]["reconstructed"] < 1
 
 
 def test_refuses_what_cannot_work_before_anything_is_written(

@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from recon.cli import table as room
+from recon.cli import table_rows
 from recon.cli.table import Row, markdown, table
+from recon.cli.table_rows import TEACHERS
 from recon.errors import ReconError
 from tests.cli.command import CONFIGS
 
@@ -32,11 +34,11 @@ def pretend(calls: list[list[str]], fail: str = "") -> Callable[[list[str], Path
             return
         numbers = {"psnr": 30.0 + int(root.name[-1]) + 3 * better, "ssim": 0.9}
         result = {
-            "full_precision": {"all": 1.0},
-            "round_to_nearest": {"all": 0.5},
-            "quantized": {"all": 0.75},
-            "paired": numbers,
-            "paired_round_to_nearest": {"psnr": 28.0, "ssim": 0.8},
+            "full_precision": {"all": 1.0, "accuracy": 1.0},
+            "round_to_nearest": {"all": 0.5, "accuracy": 0.5},
+            "quantized": {"all": 0.75, "accuracy": 0.75},
+            "paired": numbers | {"kl": 0.1, "same_answer": 0.875},
+            "paired_round_to_nearest": {"psnr": 28, "ssim": 0.8, "kl": 0.4, "same_answer": 0.625},
         }
         (root / "test.json").write_text(json.dumps(result))
 
@@ -62,9 +64,9 @@ def test_rows_are_run_once_and_printed_with_their_spread(
 
 
 def test_the_ablation_is_one_method_under_four_settings() -> None:
-    methods = room.TEACHERS["video"].methods
+    methods = TEACHERS["video"].methods
     assert methods["s2q_base"][0] == methods["s2q_vdit"][0] == ("s2q_vdit",)
-    assert set(methods["s2q_base"][1]) == {*room.NO_SDS, *room.NO_STD}
+    assert set(methods["s2q_base"][1]) == {*table_rows.NO_SDS, *table_rows.NO_STD}
 
 
 def test_on_images_all_rows_share_teacher_bits_and_calibration(
@@ -80,15 +82,39 @@ def test_on_images_all_rows_share_teacher_bits_and_calibration(
     monkeypatch.setattr(room, "_call", call)
     table(["--teacher", "image", "--folder", str(tmp_path), "--bits", "4:4", "--seeds", "0"])
     fits = [command for command in commands if command[0] == "fit"]
-    assert len(fits) == len(room.TEACHERS["image"].methods)
+    assert len(fits) == len(TEACHERS["image"].methods)
     assert [p.name for p in tmp_path.glob("calibration*")] == ["calibration-stratified-seed0"]
     printed = capsys.readouterr().out
-    for name in room.TEACHERS["image"].methods:
+    for name in TEACHERS["image"].methods:
         assert f"| W4A4 | {name} |" in printed
 
 
+def test_on_questions_rows_are_measured_by_their_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[list[str]] = []
+    imitated = pretend([])
+
+    def call(arguments: list[str], root: Path) -> None:
+        commands.append(arguments)
+        imitated(arguments, root)
+
+    monkeypatch.setattr(room, "_call", call)
+    chosen = ["--methods", "q_vlm", "gptq", "--bits", "4:16", "4:4", "--seeds", "0"]
+    table(["--teacher", "vlm", "--folder", str(tmp_path), *chosen])
+    fits = [" ".join(command) for command in commands if command[0] == "fit"]
+    assert ["--model.activation null" in fit for fit in fits] == [True, False] * 2
+    assert ["--model.activation.num_bits 4" in fit for fit in fits] == [False, True] * 2
+    assert not any("baselines" in fit for fit in fits)
+    printed = capsys.readouterr().out
+    assert "| KL to full precision, nats | same answer | right answer |" in printed
+    assert "| – | full precision | 0.000 | 0.0000 | 1.000 | 1.000 |" in printed
+    assert "| W4A16 | round to nearest | 1.000 | 0.4000 | 0.625 | 0.500 |" in printed
+    assert "| W4A4 | q_vlm | 0.500 | 0.1000 | 0.875 | 0.750 |" in printed
+
+
 def test_the_two_by_two_of_ptq4dit_differs_in_one_key_a_step() -> None:
-    methods = room.TEACHERS["image"].methods
+    methods = TEACHERS["image"].methods
     assert methods["ptq4dit"] == (("ptq4dit",), ())
     assert methods["ptq4dit_reconstruction"] == (("ptq4dit",), ("--model.balance", "none"))
     assert methods["ptq4dit_balancing"] == (("ptq4dit",), ("--model.reconstruct", "false"))
@@ -102,6 +128,8 @@ def merged(names: tuple[str, ...]) -> dict[str, Any]:
     def over(below: Any, above: Any) -> Any:
         if not (isinstance(below, dict) and isinstance(above, dict)):
             return above
+        if above.get("class_path", below.get("class_path")) != below.get("class_path"):
+            return above  # another class takes other arguments
         return below | {k: over(below.get(k), v) for k, v in above.items()}
 
     result: dict[str, Any] = {}
@@ -110,19 +138,28 @@ def merged(names: tuple[str, ...]) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("name", room.TEACHERS["image"].methods)
-def test_every_row_on_images_has_the_teacher_data_and_batches_of_ptq4dit(name: str) -> None:
-    reference = merged(("ptq4dit",))
-    configs, extra = room.TEACHERS["image"].methods[name]
+@pytest.mark.parametrize(
+    ("teacher", "reference", "row"),
+    [
+        (teacher, reference, row)
+        for teacher, reference in (("image", "ptq4dit"), ("vlm", "q_vlm"))
+        for row in TEACHERS[teacher].methods
+    ],
+)
+def test_every_row_has_the_network_data_and_batches_of_its_method(
+    teacher: str, reference: str, row: str
+) -> None:
+    expected = merged((reference,))
+    configs, extra = TEACHERS[teacher].methods[row]
     found = merged(configs)
     for key in ("adapter", "weight", "batch_size", "micro_batch", "threads"):
-        assert found["model"]["init_args"][key] == reference["model"]["init_args"][key]
-    assert found["data"] == reference["data"]
-    if "steps" in found["model"]["init_args"]:
-        given = dict(zip(extra[::2], extra[1::2], strict=True))
-        for key in ("steps", "lr"):
-            value = given.get(f"--model.{key}", found["model"]["init_args"][key])
-            assert float(value) == reference["model"]["init_args"][key]
+        assert found["model"]["init_args"].get(key) == expected["model"]["init_args"][key]
+    assert found["data"] == expected["data"]
+    given = dict(zip(extra[::2], extra[1::2], strict=True))
+    steps = found["model"]["init_args"].get("steps")
+    if steps is not None:
+        steps = int(given.get("--model.steps", steps))
+        assert steps == expected["model"]["init_args"]["steps"]
 
 
 def test_a_method_of_the_other_teacher_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
