@@ -110,9 +110,10 @@ class DependencySurvey(OpenStage):
     def _spearman(self, proxy: list[float], ded: Tensor) -> float | None:
         pairs = torch.tensor(self._audited)
         found = rank_correlation(torch.tensor(proxy, dtype=torch.float64)[pairs], ded[pairs])
+        constant = "none, one of them is the same for all"
         rank_zero_info(
             f"Spearman's correlation of {self._method.proxy} and the true dependency over "
-            f"{len(pairs)} pairs of layers: {found}."
+            f"{len(pairs)} pairs of layers: {constant if found is None else f'{found:.2f}'}."
         )
         return found
 
