@@ -152,14 +152,14 @@ def test_every_row_has_the_network_data_and_batches_of_its_method(
     expected = merged((reference,))
     configs, extra = TEACHERS[teacher].methods[row]
     found = merged(configs)
-    for key in ("adapter", "weight", "batch_size", "micro_batch", "threads"):
-        assert found["model"]["init_args"].get(key) == expected["model"]["init_args"][key]
+    settings, wanted = found["model"]["init_args"], expected["model"]["init_args"]
+    for key in ("adapter", "batch_size", "micro_batch", "threads"):
+        assert settings.get(key) == wanted[key]
+    assert settings["weight"]["num_bits"] == wanted["weight"]["num_bits"]
     assert found["data"] == expected["data"]
     given = dict(zip(extra[::2], extra[1::2], strict=True))
-    steps = found["model"]["init_args"].get("steps")
-    if steps is not None:
-        steps = int(given.get("--model.steps", steps))
-        assert steps == expected["model"]["init_args"]["steps"]
+    if "steps" in settings:
+        assert int(given.get("--model.steps", settings["steps"])) == wanted["steps"]
 
 
 def test_a_method_of_the_other_teacher_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
