@@ -1,13 +1,11 @@
 """LightningCLI with the settings the engine needs, and refusals before anything is written."""
 
-import logging
 import netrc
 import os
 import secrets
 import shlex
 import signal
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -244,15 +242,6 @@ def _has_key() -> bool:
         return False
 
 
-class _Chatter(logging.Filter):
-    """Drops Lightning's lines about hardware that is not there and products that are not used."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the line is shown."""
-        dropped = ("💡", "GPU available", "TPU available", "HPU available", "Seed set")
-        return not record.getMessage().startswith(dropped)
-
-
 class PreparedCLI(ReconCLI):
     """A fit that is parsed and instantiated, and does not run."""
 
@@ -271,13 +260,6 @@ def prepared(arguments: list[str]) -> ReconCLI:
 
 
 def _command_line(kind: type[ReconCLI], arguments: list[str], typed: list[str]) -> ReconCLI:
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).addFilter(_Chatter())
-    warnings.filterwarnings("ignore", message=".*in eval mode.*")  # the teacher belongs there
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # indices only
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's own call
-    warnings.filterwarnings("ignore", message=".*Total length of.*is zero.*")  # no unit is left
     sys.argv[1:] = arguments  # DDP starts the other processes with the same line
     return kind(
         Reconstruction,

@@ -6,6 +6,7 @@ from importlib import import_module
 
 from recon.cli.arguments import with_run_folder
 from recon.cli.failures import sentence
+from recon.cli.quiet import quieten
 
 OWN_COMMANDS = ("bench", "bench-step", "compare", "export", "plan", "report", "table")
 """Each is the function of its name in the module of its name."""
@@ -14,6 +15,7 @@ LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; a ReconError ends it with status 2 and its message alone."""
+    quieten()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if given and given[0] in OWN_COMMANDS:
