@@ -272,7 +272,8 @@ class QVLM(StagedReconstruction):
         if weight == "mbq":
             assert unit is not None or self.opened is not None
             blocks = (unit or self.opened.unit).blocks  # type: ignore[union-attr]
-            weight = self.findings["image_weights"][blocks[-1]]
+            # `plan` times a step of a unit with nothing before it: then ω is not known yet.
+            weight = self.findings.get("image_weights", {}).get(blocks[-1], 1.0)
         assert isinstance(self.adapter, SeesPictures)
         image = self.adapter.image_tokens(self.frontier.sample(sample)).to(self.run_device)
         return torch.where(image, weight, 1.0)

@@ -250,7 +250,7 @@ def test_an_example_sample_becomes_a_state_of_the_example_s_shapes(
 @pytest.mark.parametrize("name", FAMILIES)
 def test_q_vlm_is_planned_and_timed_on_every_family(name: str, tmp_path: Path) -> None:
     adapter = FAMILIES[name][0](str(write_tiny_vlm(tmp_path / "net", name)))
-    module = QVLM(adapter=adapter, steps=3, shrinks=(1.0, 0.8), threads=1)
+    module = QVLM(adapter=adapter, steps=3, shrinks=(1.0, 0.8), threads=1, image_weight="mbq")
     plan = plan_of(module, tmp_path, probe=True)
     assert not plan.units_known
     assert (plan.blocks, plan.units) == (2, 1)
