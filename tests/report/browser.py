@@ -1,20 +1,16 @@
 """A page in headless Chromium: what it measures and what its console says."""
 
-import json
-import re
 import shutil
-import subprocess
 from dataclasses import dataclass
-from html import escape, unescape
 from pathlib import Path
 from typing import Any
+
+from playwright.sync_api import sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 PROBE = """
-<script id="probe">
-addEventListener("load", async () => {
-  const root = document.documentElement;
+async () => {
   const frames = async (image) => {
     const data = await (await fetch(image.src)).arrayBuffer();
     const decoder = new ImageDecoder({data, type: image.src.slice(5).split(";")[0]});
@@ -25,18 +21,13 @@ addEventListener("load", async () => {
     type: image.src.slice(5).split(";")[0], width: image.naturalWidth, frames: await frames(image),
   })));
   const style = getComputedStyle(document.body);
-  const found = {
-    title: document.title, window: innerWidth, content: root.scrollWidth, images,
-    paper: style.backgroundColor, ink: style.color,
+  return {
+    title: document.title, window: innerWidth, content: document.documentElement.scrollWidth,
+    images, paper: style.backgroundColor, ink: style.color,
     headings: document.querySelectorAll("h2").length,
-    requests: performance.getEntriesByType("resource")
-      .map((entry) => entry.name).filter((name) => !name.startsWith("data:")),
   };
-  parent.document.body.setAttribute("data-found", JSON.stringify(found));
-});
-</script>
+}
 """
-"""Put behind the page: it asks the browser and leaves the answers in the document around it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +36,9 @@ class Seen:
 
     found: dict[str, Any]
     console: list[str]
+    """Messages and uncaught errors."""
+    requests: list[str]
+    """Addresses it asked for, beside the page itself and what the page holds."""
 
 
 def browser() -> str | None:
@@ -53,31 +47,31 @@ def browser() -> str | None:
 
 
 def look(command: str, text: str, folder: Path, width: int, *, dark: bool = False) -> Seen:
-    """Opens the page in a frame of that width.
+    """Opens the page in a window of that width.
 
     Args:
         command: Of the browser.
         text: The page.
-        folder: Where a copy with the probe is put, and the browser's profile.
+        folder: Where the page is put.
         width: CSS pixels.
         dark: Whether the reader prefers dark pages.
     """
-    file = folder / "probed.html"
-    probed = escape(text.replace("</body>", f"{PROBE}</body>"))
-    # A window has a smallest width, larger than a phone; a frame in it has none.
-    frame = f'<iframe style="border: 0; width: {width}px; height: 844px" srcdoc="{probed}">'
-    file.write_text(f"<!doctype html><body>{frame}</iframe></body>", encoding="utf-8")
-    done = subprocess.run(
-        [
-            command, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-            "--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}",
-            f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-            "--window-size=1600,1000", "--virtual-time-budget=10000", "--dump-dom",
-            file.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    answers = re.search(r'data-found="([^"]*)"', done.stdout)
-    assert answers is not None, done.stderr[-2000:]
-    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-    return Seen(json.loads(unescape(answers[1])), console)
+    file = folder / "page.html"
+    file.write_text(text, encoding="utf-8")
+    console: list[str] = []
+    requests: list[str] = []
+    with sync_playwright() as playwright:
+        # In a container Chromium's sandbox has no rights to start.
+        opened = playwright.chromium.launch(executable_path=command, args=["--no-sandbox"])
+        window = opened.new_page(
+            viewport={"width": width, "height": 844}, color_scheme="dark" if dark else "light"
+        )
+        window.on("console", lambda message: console.append(message.text))
+        window.on("pageerror", lambda error: console.append(str(error)))
+        window.on("request", lambda request: requests.append(request.url))
+        window.goto(file.as_uri(), wait_until="load")
+        found = window.evaluate(PROBE) if not console else {}
+        opened.close()
+    return Seen(
+        found, console, [url for url in requests if not url.startswith(("data:", file.as_uri()))]
+    )

@@ -25,7 +25,7 @@ def test_it_opens_without_complaints_loads_its_samples_and_asks_for_nothing(
     assert seen.console == []
     assert seen.found["title"] == "run · recon report"
     assert seen.found["headings"] == 11
-    assert seen.found["requests"] == []
+    assert seen.requests == []
     assert sorted(image["type"] for image in seen.found["images"]) == ["image/gif", "image/png"]
     for image in seen.found["images"]:
         assert image["width"] > 0
@@ -53,8 +53,14 @@ def test_it_is_dark_where_the_reader_wants_it_dark(whole_run: Path, tmp_path: Pa
 def test_a_complaint_on_the_console_would_be_seen(tmp_path: Path) -> None:
     assert COMMAND is not None
     text = '<body><script>missing()</script><img src="data:image/png;base64,x"></body>'
-    with pytest.raises(AssertionError, match="missing is not defined"):
-        look(COMMAND, text, tmp_path, 390)
+    assert "missing is not defined" in look(COMMAND, text, tmp_path, 390).console
+
+
+def test_a_request_would_be_seen(tmp_path: Path) -> None:
+    assert COMMAND is not None
+    text = '<body><link rel="stylesheet" href="elsewhere.css">text</body>'
+    seen = look(COMMAND, text, tmp_path, 390)
+    assert seen.requests == [(tmp_path / "elsewhere.css").as_uri()]
 
 
 def test_a_page_wider_than_the_phone_would_be_seen(tmp_path: Path) -> None:
