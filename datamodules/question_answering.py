@@ -61,6 +61,8 @@ class QuestionAnswering(KeptCalibration):
             folder share the set.
         stale: What to do with a set in that folder that was made for another configuration or
             teacher, or is damaged: refuse it, or build a new one in its place.
+        baselines: Folder that keeps what the teacher and round-to-nearest answer in an evaluation,
+            for other runs to compare with; null: asked anew every time.
 
     Raises:
         ConfigError: A number is out of range, or the rule cannot select.
@@ -85,6 +87,7 @@ class QuestionAnswering(KeptCalibration):
         max_new_tokens: int = 16,
         folder: str | None = None,
         stale: Literal["refuse", "rebuild"] = "refuse",
+        baselines: str | None = None,
     ) -> None:
         super().__init__()
         self.dataset, self.split = dataset, split
@@ -94,7 +97,7 @@ class QuestionAnswering(KeptCalibration):
         self.pool = 4 * num_samples if pool is None else pool
         self.num_test_questions, self.test_seed = num_test_questions, test_seed
         self.test_batch_size, self.max_new_tokens = test_batch_size, max_new_tokens
-        self.folder, self.stale = folder, stale
+        self.folder, self.stale, self.baselines = folder, stale, baselines
         self._refuse_small()
         if select == "salient":
             check_rule(sds, num_samples, self.pool)
@@ -235,6 +238,10 @@ class QuestionAnswering(KeptCalibration):
             text = chat.text(said)
             made.append({"text": text, "log_probabilities": likely, "tokens": tokens})
         return made
+
+    def sampling_settings(self) -> dict[str, Any]:
+        """See `CalibrationData.sampling_settings`."""
+        return {"max_new_tokens": self.max_new_tokens, "end_tokens": list(self._chat.end_tokens)}
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """As `test_dataloader`; none within fit, where nothing is asked."""

@@ -107,7 +107,7 @@ def _run(row: Row, options: argparse.Namespace) -> None:
         *_activation(row.activation),
         *("--model.seed", str(row.seed), "--data.seed", str(row.seed)),
         *("--data.folder", str(calibration)),
-        *(("--data.baselines", str(options.folder / "baselines")) * teacher.keeps_baselines),
+        *("--data.baselines", str(options.folder / "baselines")),
         *("--trainer.default_root_dir", str(root), "--ckpt_path", "last", *shared),
     ]
     if not (root / "summary.json").is_file():

@@ -73,8 +73,6 @@ class Teacher:
     folder: Path
     """Run folders where none is given."""
     columns: tuple[Column, ...] = OF_SAMPLES
-    keeps_baselines: bool = True
-    """Whether runs share what teacher and round-to-nearest sample."""
 
 
 TEACHERS: dict[str, Teacher] = {
@@ -137,6 +135,5 @@ TEACHERS: dict[str, Teacher] = {
         bits=("4:16", "4:8", "4:4"),
         folder=Path("runs/table_vlm"),
         columns=OF_ANSWERS,
-        keeps_baselines=False,
     ),
 }

@@ -1,17 +1,16 @@
-"""Samples that do not depend on what a run learned, kept on disk for the runs compared with it."""
+"""Outputs that do not depend on what a run learned, kept on disk for the runs compared with it."""
 
 import hashlib
 import json
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from recon.errors import ConfigError
@@ -22,12 +21,12 @@ from recon.models.weights import FINGERPRINT_BYTES
 
 
 class Baselines:
-    """What the teacher and round-to-nearest sample, kept in a folder under all that it depends on.
+    """What the teacher and round-to-nearest make, kept in a folder under all that it depends on.
 
     Args:
-        folder: Where samples are kept, one file per batch and form.
+        folder: Where outputs are kept, one file per batch and form.
         adapter: Of the teacher; a change of any file in a folder it names is another teacher.
-        settings: What samples depend on beside it: steps, guidance, device, ...
+        settings: What outputs depend on beside it: steps, guidance, device, ...
     """
 
     def __init__(self, folder: Path, adapter: ModelAdapter, settings: Mapping[str, Any]) -> None:
@@ -40,42 +39,46 @@ class Baselines:
             "settings": dict(settings),
             # Sums are split by threads, and rounded as a library's version does.
             "threads": torch.get_num_threads(),
-            "versions": {name: version(name) for name in ("torch", "diffusers")},
+            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
         }
 
-    def get(
-        self, network: nn.Module, batch: Mapping[str, Any], make: Callable[[], Tensor]
-    ) -> Tensor:
-        """The samples of a batch: those kept, or else what `make` gives, which are kept then.
+    def get(self, network: nn.Module, batch: Mapping[str, Any], make: Callable[[], Any]) -> Any:
+        """The outputs for a batch: those kept, or else what `make` gives, which are kept then.
 
         A damaged file is made anew.
 
         Args:
             network: The teacher, or its round-to-nearest form; its quantisers are read.
-            batch: Prompts and seeds.
-            make: Samples them, a tensor on the CPU.
+            batch: What they are made of: texts, numbers, tensors.
+            make: Makes them: tensors on the CPU, in lists and dicts with texts and numbers.
 
         Raises:
             ConfigError: The folder cannot be written.
         """
         content = {**self._shared, "network": _quantizers(network), "batch": dict(batch)}
-        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        path = self.folder / f"{key}.safetensors"
+        text = json.dumps(content, sort_keys=True, default=_content)
+        path = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.pt"
         try:
-            return load_file(path)["samples"]
-        except (OSError, KeyError, safetensors.SafetensorError):
-            samples = make()
+            return torch.load(path, weights_only=True)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
+            made = make()
         aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({"samples": samples.contiguous()}, aside)
+            torch.save(made, aside)
             os.replace(aside, path)
         except OSError as error:
             raise ConfigError(
                 f"data.baselines is {str(self.folder)!r}, which cannot be written: {error}. Name a "
                 "folder that can, or null."
             ) from error
-        return samples
+        return made
+
+
+def _content(tensor: Tensor) -> list[Any]:
+    """What stands for a tensor in a file's key."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return [str(tensor.dtype), list(tensor.shape), hashlib.sha256(data).hexdigest()]
 
 
 def _quantizers(network: nn.Module) -> dict[str, Any]:

@@ -37,8 +37,8 @@ class CalibrationData(LightningDataModule):
     guidance: float
     """Guidance scale of evaluation."""
     baselines: str | None = None
-    """Folder that keeps what the teacher and round-to-nearest sample, for other runs to compare
-    with; None: sampled anew in every evaluation."""
+    """Folder that keeps what the teacher and round-to-nearest make in an evaluation, for other runs
+    to compare with; None: made anew in every evaluation."""
     seconds: float = 0.0
     """What calibration took in this process."""
 

@@ -3,9 +3,11 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from torch import Tensor
 
 import recon as package
 from recon import zoo
@@ -119,6 +121,41 @@ def test_fit_test_and_predict_on_questions(
         assert loss == row["quantized"]["negative_log_likelihood"]
         answer = loaded.answer(chat.prompt(example), 3, chat.end_tokens)
         assert chat.text(answer) == row["quantized"]["text"]
+
+
+@pytest.mark.slow
+def test_runs_that_share_baselines_ask_them_once(
+    recon: Call, teacher: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, asked = AnsweringPipeline.answer, list[int]()
+
+    def counted(pipeline: AnsweringPipeline, *given: Any) -> Tensor:
+        asked.append(1)
+        return ask(pipeline, *given)
+
+    monkeypatch.setattr(AnsweringPipeline, "answer", counted)
+    file = config(tmp_path, teacher, dataset, "recon.methods.rtn.RoundToNearest")
+    root, common = tmp_path / "run", ["--trainer.accelerator", "cpu", "--wandb", "false"]
+    status, printed = recon(
+        ["fit", "--config", str(file), "--trainer.default_root_dir", str(root), *common]
+    )
+    assert status == 0, printed
+
+    def tested(*changed: str) -> tuple[Any, int]:
+        asked.clear()
+        status, printed = recon(["test", "--run", str(root), *changed])
+        assert status == 0, printed
+        return json.loads((root / "test.json").read_text())["samples"], len(asked)
+
+    share = ("--data.baselines", str(tmp_path / "baselines"))
+    alone, calls = tested()
+    assert (len(alone), calls) == (3, 9)
+    assert tested(*share) == (alone, 9)
+    assert tested(*share) == (alone, 3)
+    assert tested(*share, "--data.max_new_tokens", "2")[1] == 9
+    for kept in (tmp_path / "baselines").iterdir():
+        kept.write_bytes(kept.read_bytes()[:-9])
+    assert tested(*share) == (alone, 9)
 
 
 @pytest.mark.slow

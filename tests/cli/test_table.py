@@ -105,7 +105,7 @@ def test_on_questions_rows_are_measured_by_their_answers(
     fits = [" ".join(command) for command in commands if command[0] == "fit"]
     assert ["--model.activation null" in fit for fit in fits] == [True, False] * 2
     assert ["--model.activation.num_bits 4" in fit for fit in fits] == [False, True] * 2
-    assert not any("baselines" in fit for fit in fits)
+    assert all(f"--data.baselines {tmp_path / 'baselines'}" in fit for fit in fits)
     printed = capsys.readouterr().out
     assert "| KL to full precision, nats | same answer | right answer |" in printed
     assert "| – | full precision | 0.000 | 0.0000 | 1.000 | 1.000 |" in printed
