@@ -77,7 +77,7 @@ class Baselines:
 
 def _content(tensor: Tensor) -> list[Any]:
     """What stands for a tensor in a file's key."""
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return [str(tensor.dtype), list(tensor.shape), hashlib.sha256(data).hexdigest()]
 
 
