@@ -189,7 +189,7 @@ def dequantize(codes: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """clamp(round(x / s)) * s with one full-size temporary, saving nothing but x and s.
+    """clamp(round(x / s)) * s with two full-size temporaries, saving nothing but x and s.
 
     Plain autograd would keep the quotient and the codes for the backward pass; both are cheaper
     to compute again than to store for every weight and activation of a block.
@@ -201,8 +201,11 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.qmin, ctx.qmax = qmin, qmax
         dtype = compute_dtype(x)
         wide_scale = scale.to(dtype)
-        value = (x.to(dtype) / wide_scale).round_().clamp_(qmin, qmax).mul_(wide_scale)
-        return value.to(x.dtype)
+        code = (x.to(dtype) / wide_scale).round_().clamp_(qmin, qmax)
+        # torch 2.11, compiling, loses the gradient of a result that is not an operation's new
+        # tensor: neither changed in place, nor through a `to` that has nothing to do.
+        value = code * wide_scale
+        return value if value.dtype == x.dtype else value.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -30,7 +30,7 @@ KEYS = [
     ("--model.std.lambda_min", "2", "std.lambda_min is 2.0 and std.lambda_max 1.0"),
     ("--model.adapter.folder", "/nowhere", "CogVideoX.folder is '/nowhere'"),
     ("--trainer.max_epochs", "3", "trainer.max_epochs is 3"),
-    ("--trainer.limit_train_batches", "1", "trainer.limit_train_batches is 1"),
+    ("--trainer.limit_train_batches", "0.5", "trainer.limit_train_batches is 0.5"),
     ("--model.memory", "{device: 0, ram: 0, disk: 1000}", "memory.disk allows 1,000 of"),
     ("--model.memory.ram", "lots", "'lots' is no number of bytes"),
 ]

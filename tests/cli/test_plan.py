@@ -19,6 +19,8 @@ TEACHERS = {
     "ptq4dit": ("image", "--model.steps", "5"),
     "s2q_vdit": ("video", "--model.epochs", "1"),
 }
+LIBRARIES = 529_100_000
+"""Bytes that interpreter and libraries took there, by the plan; torch with CUDA takes 846 MB."""
 OBSERVED: dict[str, dict[str, int]] = {
     "ptq4dit": {
         "host": 693_899_264,
@@ -83,6 +85,7 @@ def test_a_plan_is_near_what_was_observed(config: str, tmp_path: Path) -> None:
     # Ten seconds: a process that imports what a fit does.
     plan = planned(config, tmp_path, "--no-probe")
     found = foreseen(plan)
+    found["host"] -= plan["memory"]["libraries"] - LIBRARIES
     for name, observed in OBSERVED[config].items():
         if name != "linears":
             assert found[name] == pytest.approx(observed, rel=TOLERANCE), name
