@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from recon import zoo
 from recon.calibration.artefact import CalibrationSet
+from recon.datamodules.chat import Chat
+from recon.datamodules.questions import world_examples
 from recon.engine import resume
 from recon.engine.attention import nearest_attentions
 from recon.engine.native import write_native
@@ -72,11 +75,25 @@ def _vlm(adapter: type[ModelAdapter], name: str) -> Family:
     return Family(adapter, lambda folder: write_tiny_vlm(folder, name), draw)
 
 
+def _asked(config: object, seed: int, timestep: int) -> Sample:
+    """A question of the embedded world with its answer."""
+    (example,) = world_examples("train", 1, seed)
+    return Chat(Llava(str(zoo.folder("vlm")))).forced(example)
+
+
+def _shipped(adapter: type[ModelAdapter], name: str, draw: Callable[..., Sample]) -> Family:
+    """An embedded teacher, as it is."""
+    return Family(adapter, lambda folder: zoo.folder(name), draw)
+
+
 FAMILIES = {
     "dit": Family(DiT, write_tiny_dit, tiny_image_sample),
     "cogvideox": Family(CogVideoX, write_tiny_cogvideox, tiny_sample),
     "llava": _vlm(Llava, "llava"),
     "qwen2_vl": _vlm(Qwen2VL, "qwen2_vl"),
+    "video": _shipped(CogVideoX, "video", tiny_sample),
+    "image": _shipped(DiT, "image", tiny_image_sample),
+    "vlm": _shipped(Llava, "vlm", _asked),
 }
 
 
