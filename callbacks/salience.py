@@ -12,7 +12,7 @@ from torch.nn import functional
 from recon.calibration import ranks
 from recon.engine.reconstruction import Reconstruction
 from recon.engine.unit import OpenUnit
-from recon.models.adapter import LaysOutTokens
+from recon.models.capabilities import LaysOutTokens
 
 FILE = "salience.safetensors"
 FRAMES, SIDE = 8, 24

@@ -10,7 +10,7 @@ from recon.datamodules.prompts import noise_seed
 from recon.datamodules.sampled import Request, SampledCalibration
 from recon.errors import ConfigError
 from recon.models.adapter import ModelAdapter
-from recon.models.dit import DiT
+from recon.models.capabilities import SamplesClasses, missing_attributes
 
 Select = Literal["stratified", "salient", "both"]
 
@@ -105,7 +105,7 @@ class ImageCalibration(SampledCalibration):
             CapabilityMissing: The adapter cannot give what `sds.source` scores.
         """
         self._names = self._classes(adapter)
-        cast(DiT, adapter).check_sampling(self.steps)
+        self._sampled(adapter).check_sampling(self.steps)
         pool = pool_size(self.rule, self.num_trajectories, self.steps)
         if self.rule.top_k > pool:
             raise ConfigError(
@@ -116,13 +116,18 @@ class ImageCalibration(SampledCalibration):
             )
         super().check(adapter)
 
-    def _classes(self, adapter: ModelAdapter) -> list[str]:
-        if not isinstance(adapter, DiT):
+    @staticmethod
+    def _sampled(adapter: ModelAdapter) -> SamplesClasses:
+        if not isinstance(adapter, SamplesClasses):
             raise ConfigError(
-                f"ImageCalibration samples classes, which {type(adapter).__name__} does not have. "
-                "Use DiT, or the data module of the adapter's family."
+                f"ImageCalibration samples classes, which {type(adapter).__name__} does not have "
+                f"(it lacks {', '.join(missing_attributes(adapter, SamplesClasses))}). Use DiT, or "
+                "the data module of the adapter's family."
             )
-        known = adapter.class_names()
+        return adapter
+
+    def _classes(self, adapter: ModelAdapter) -> list[str]:
+        known = self._sampled(adapter).class_names()
         if self.classes is None:
             return list(known)
         if not self.classes:
@@ -163,9 +168,8 @@ class ImageCalibration(SampledCalibration):
     def sampling_settings(self) -> dict[str, Any]:
         """As the base; and how the adapter samples."""
         assert self.trainer is not None
-        adapter = cast(DiT, self.trainer.lightning_module.adapter)
-        how = {"sampler": adapter.sampler, "guided_channels": adapter.guided_channels}
-        return {**super().sampling_settings(), **how}
+        adapter = cast(ModelAdapter, self.trainer.lightning_module.adapter)
+        return {**super().sampling_settings(), **self._sampled(adapter).sampling_settings()}
 
     def settings(self) -> dict[str, str | int | float | None]:
         """Numbers of trajectories, and how samples are spread."""

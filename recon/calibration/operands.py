@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from recon.calibration.statistics import UnitRecord
 from recon.layers.quant_attention import probabilities, scaled
-from recon.models.adapter import ReplacesAttention
+from recon.models.capabilities import ReplacesAttention
 
 
 @contextmanager

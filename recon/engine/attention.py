@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from recon.errors import CapabilityMissing
 from recon.layers.quant_attention import QuantAttention
-from recon.models.adapter import ModelAdapter, ReplacesAttention, missing_attributes
+from recon.models.adapter import ModelAdapter
+from recon.models.capabilities import ReplacesAttention, missing_attributes
 
 if TYPE_CHECKING:
     from recon.engine.reconstruction import Reconstruction

@@ -10,7 +10,7 @@ from recon.engine import walk
 from recon.engine.unit import Unit
 from recon.engine.vision import has_pictures
 from recon.losses.answers import answer_cross_entropy
-from recon.models.adapter import SeesPictures
+from recon.models.capabilities import SeesPictures
 
 if TYPE_CHECKING:
     from recon.engine.reconstruction import Reconstruction

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from recon.calibration import ranks
 from recon.calibration.dependency import joint_histogram, rounding_points, soft_assignment
-from recon.models.adapter import SeesPictures
+from recon.models.capabilities import SeesPictures
 
 if TYPE_CHECKING:
     from recon.engine.reconstruction import Reconstruction

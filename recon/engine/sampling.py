@@ -17,7 +17,7 @@ from recon.engine.unit import LayerGroup, Unit
 from recon.engine.vision import full_groups
 from recon.layers.quant_attention import QuantAttention
 from recon.layers.quant_linear import QuantLinear
-from recon.models.adapter import SeesPictures
+from recon.models.capabilities import SeesPictures
 
 if TYPE_CHECKING:
     from recon.engine.reconstruction import Reconstruction

@@ -12,12 +12,8 @@ from recon.calibration.attention import AttentionColumnSums
 from recon.engine.unit import OpenUnit
 from recon.errors import CapabilityMissing, ConfigError
 from recon.layers.transform import InputTransform, begin_all
-from recon.models.adapter import (
-    ExposesAttention,
-    ModelAdapter,
-    RunsLeftToRight,
-    missing_attributes,
-)
+from recon.models.adapter import ModelAdapter
+from recon.models.capabilities import ExposesAttention, RunsLeftToRight, missing_attributes
 from recon.types import Sample, State
 
 if TYPE_CHECKING:

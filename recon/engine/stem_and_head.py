@@ -22,7 +22,8 @@ from recon.engine.unit import LayerGroup, OpenUnit, Unit
 from recon.errors import CapabilityMissing, ConfigError
 from recon.layers.patches import as_linear
 from recon.layers.quant_linear import QuantLinear
-from recon.models.adapter import ExposesEnds, InputGroup, ModelAdapter, missing_attributes
+from recon.models.adapter import InputGroup, ModelAdapter
+from recon.models.capabilities import ExposesEnds, missing_attributes
 from recon.quantizers.affine import check_group_size
 from recon.quantizers.spec import QuantSpec
 from recon.types import Sample, State

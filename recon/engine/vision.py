@@ -20,7 +20,8 @@ from recon.engine.unit import LayerGroup
 from recon.errors import CapabilityMissing, ConfigError
 from recon.layers.quant_linear import QuantLinear
 from recon.layers.tree import replace
-from recon.models.adapter import ModelAdapter, SeesPictures, missing_attributes
+from recon.models.adapter import ModelAdapter
+from recon.models.capabilities import SeesPictures, missing_attributes
 from recon.quantizers.spec import QuantSpec
 from recon.types import Sample, State
 

@@ -21,7 +21,7 @@ from recon.export.public import (
     write_public,
 )
 from recon.layers.quant_linear import QuantLinear
-from recon.models.adapter import FoldsScales
+from recon.models.capabilities import FoldsScales
 from recon.quantizers.packing import pack
 
 MULTIPLE = 32

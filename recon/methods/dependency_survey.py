@@ -24,7 +24,7 @@ from recon.engine.pairs import pair_histogram
 from recon.engine.prefixes import searched_prefixes
 from recon.engine.staged import OpenStage
 from recon.engine.unit import OpenUnit, Stage, StageState, Unit
-from recon.models.adapter import SeesPictures
+from recon.models.capabilities import SeesPictures
 
 if TYPE_CHECKING:
     from recon.methods.q_vlm import QVLM

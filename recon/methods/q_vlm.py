@@ -44,7 +44,7 @@ from recon.methods.visual_encoder import TunedEncoder
 from recon.methods.visual_encoder_layers import SEARCH_STAGE, encoder_activation
 from recon.methods.visual_encoder_search import VisualEncoderSearch
 from recon.methods.visual_encoder_tuning import VisualEncoderTuning
-from recon.models.adapter import SeesPictures
+from recon.models.capabilities import SeesPictures
 from recon.quantizers.spec import QuantSpec, Strategy
 
 LARGEST = 3

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from recon.engine import vision
 from recon.engine.assembly import linear
 from recon.errors import ConfigError
-from recon.models.adapter import SeesPictures
+from recon.models.capabilities import SeesPictures
 from recon.quantizers.affine import check_group_size
 
 if TYPE_CHECKING:

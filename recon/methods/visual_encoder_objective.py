@@ -25,7 +25,7 @@ from recon.calibration.dependency import (
 from recon.engine import vision, walk
 from recon.engine.unit import StageState, Unit
 from recon.losses.answers import answer_cross_entropy, relative_distance
-from recon.models.adapter import SeesPictures
+from recon.models.capabilities import SeesPictures
 from recon.types import State
 
 if TYPE_CHECKING:

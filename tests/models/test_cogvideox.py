@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from recon.errors import CapabilityMissing, ConfigError, WeightsError
-from recon.models.adapter import ExposesAttention, ModelAdapter, missing_attributes
+from recon.models.adapter import ModelAdapter
+from recon.models.capabilities import ExposesAttention, missing_attributes
 from recon.models.cogvideox import CogVideoX
 from recon.models.weights import own_memory
 from tests.models.tiny import tiny_sample, write_tiny_cogvideox

@@ -17,13 +17,14 @@ from recon.layers.quant_linear import QuantLinear
 from recon.layers.rounding import AdaptiveRounding, NearestRounding
 from recon.layers.static_range import StaticRange
 from recon.layers.tree import replace, shared_copy
-from recon.models.adapter import (
+from recon.models.capabilities import (
     ExposesAttention,
     ExposesEnds,
     FoldsScales,
     missing_attributes,
 )
-from recon.models.dit import MODULATED, DiT
+from recon.models.dit import DiT
+from recon.models.dit_folding import MODULATED
 from recon.models.folding import scale_rows
 from recon.models.weights import own_memory
 from recon.quantizers.spec import QuantSpec

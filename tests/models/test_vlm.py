@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recon.errors import CapabilityMissing, ConfigError, WeightsError
-from recon.models.adapter import ExposesAttention, SeesPictures
+from recon.models.capabilities import ExposesAttention, SeesPictures
 from recon.models.llava import Llava
 from recon.models.vlm import VisionLanguageAdapter
 from recon.models.vlm_parts import canonical, find_parts, layer_groups

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import nn
 
 from recon.engine.native import Native
-from recon.models.adapter import ExposesEnds
+from recon.models.capabilities import ExposesEnds
 from recon.quantizers.spec import QuantSpec
 from recon.report.run import Missing, Run
 
