@@ -9,8 +9,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from recon.errors import CapabilityMissing, ConfigError
+from recon.errors import CapabilityMissing
 from recon.models.adapter import Device, InputGroup, ModelAdapter
+from recon.models.folder import numbered_blocks
 from recon.models.video_pipeline import VideoPipeline
 from recon.models.weights import placed
 from recon.types import Sample, State
@@ -75,13 +76,7 @@ class CogVideoX(ModelAdapter):
         Raises:
             ConfigError: num_layers of config.json is missing or below 1.
         """
-        layers = self.config.get("num_layers")
-        if not isinstance(layers, int) or layers < 1:
-            raise ConfigError(
-                f"num_layers is {layers!r} in {self.network_folder / 'config.json'}; it must be a "
-                "whole number of at least 1. Use the config.json saved with the weights."
-            )
-        return tuple(f"{BLOCKS}.{index}" for index in range(layers))
+        return numbered_blocks(self.config, self.network_folder, BLOCKS)
 
     def input_groups(self, block_name: str) -> tuple[InputGroup, ...]:
         """The six inputs of a block: the same in every block."""

@@ -17,7 +17,7 @@ from recon.layers.tree import shared_copy
 from recon.models import dit_folding
 from recon.models.adapter import Device, InputGroup, ModelAdapter
 from recon.models.attention import Product, set_product
-from recon.models.folder import read_json
+from recon.models.folder import numbered_blocks, read_json
 from recon.models.image_pipeline import (
     ImagePipeline,
     Sampler,
@@ -237,13 +237,7 @@ class DiT(ModelAdapter):
         Raises:
             ConfigError: num_layers of config.json is missing or below 1.
         """
-        layers = self.config.get("num_layers")
-        if not isinstance(layers, int) or layers < 1:
-            raise ConfigError(
-                f"num_layers is {layers!r} in {self.network_folder / 'config.json'}; it must be a "
-                "whole number of at least 1. Use the config.json saved with the weights."
-            )
-        return tuple(f"{BLOCKS}.{index}" for index in range(layers))
+        return numbered_blocks(self.config, self.network_folder, BLOCKS)
 
     def input_groups(self, block_name: str) -> tuple[InputGroup, ...]:
         """The five inputs of a block: the same in every block."""

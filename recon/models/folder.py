@@ -82,3 +82,23 @@ def require_class(
             f"{file} names the class {found!r}; {owner} reads {' or '.join(allowed)}. Point folder "
             "to such a checkpoint, or choose the adapter of that family."
         )
+
+
+def numbered_blocks(config: Mapping[str, Any], folder: Path, parts: str) -> tuple[str, ...]:
+    """Names of a diffusers transformer's blocks: `parts`.0 and so on.
+
+    Args:
+        config: What config.json holds.
+        folder: Where it stands, for the message.
+        parts: Name of the list that holds the blocks.
+
+    Raises:
+        ConfigError: num_layers is missing or below 1.
+    """
+    layers = config.get("num_layers")
+    if not isinstance(layers, int) or layers < 1:
+        raise ConfigError(
+            f"num_layers is {layers!r} in {folder / 'config.json'}; it must be a whole number of "
+            "at least 1. Use the config.json saved with the weights."
+        )
+    return tuple(f"{parts}.{index}" for index in range(layers))
