@@ -1,6 +1,6 @@
 """What methods may ask of a model family beyond `ModelAdapter`, one protocol each; knows no method.
 
-A method that needs one refuses an adapter without it by name (`ModelAdapter.require`).
+Whoever needs one refuses an adapter without it, and names what is missing (`missing_attributes`).
 """
 
 from collections.abc import Mapping

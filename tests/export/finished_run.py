@@ -1,4 +1,4 @@
-"""Finished runs on tiny networks, made by hand: what is exported, without a fit."""
+"""Finished runs, of tiny networks and embedded teachers, made by hand: what is exported, no fit."""
 
 import json
 from collections.abc import Callable

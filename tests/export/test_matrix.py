@@ -68,9 +68,8 @@ def test_every_format_is_in_the_matrix() -> None:
 def test_a_cell_is_loaded_or_refused(
     teacher: str, form: str, name: str, run_of: Made, tmp_path: Path
 ) -> None:
-    root, library = run_of(teacher, RECIPES[name]), "diffusers"
-    if teacher == "vlm":
-        library = "transformers"
+    root = run_of(teacher, RECIPES[name])
+    library = "transformers" if teacher == "vlm" else "diffusers"
     if name not in HOLDS[library, form]:
         with pytest.raises(ExportError, match="hold it: native, "):
             export(root, form, tmp_path / "out")

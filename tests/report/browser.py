@@ -70,6 +70,7 @@ def look(command: str, text: str, folder: Path, width: int, *, dark: bool = Fals
         window.on("pageerror", lambda error: console.append(str(error)))
         window.on("request", lambda request: requests.append(request.url))
         window.goto(file.as_uri(), wait_until="load")
+        # Pictures of a page that complains may be broken, and a broken one has no frames to count.
         found = window.evaluate(PROBE) if not console else {}
         opened.close()
     return Seen(
