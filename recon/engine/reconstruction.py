@@ -6,19 +6,19 @@ nowhere else. Most methods have one stage per unit; a search is a stage in which
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from recon.calibration import ranks
 from recon.calibration.frontier import Frontier
 from recon.calibration.memory import MemoryBudget
-from recon.engine import attention, resume, stage_data, stem_and_head, stopping, walk
+from recon.engine import refusals, resume, stage_data, stem_and_head, stopping, walk
 from recon.engine.data import CalibrationData
 from recon.engine.fingerprint import refuse_difference
 from recon.engine.gradient import Step, added, averaged, flat_gradient, hand_out, refuse_nan
+from recon.engine.hooks import Hooks
 from recon.engine.loader import StageLoader, StageSampler, dealt, refuse_uneven
 from recon.engine.placement import needed_bytes, stream_store
 from recon.engine.result import network_error
@@ -30,7 +30,7 @@ from recon.errors import ConfigError
 from recon.layers.quant_attention import QuantAttention
 from recon.layers.quant_linear import QuantLinear
 from recon.models.adapter import ModelAdapter
-from recon.quantizers.spec import MAX_BITS, MIN_BITS, QuantSpec, Strategy
+from recon.quantizers.spec import QuantSpec
 from recon.types import Sample, State
 
 LOOK_EVERY = 10
@@ -40,7 +40,7 @@ DEFAULT_WEIGHT = QuantSpec(num_bits=4, strategy="channel")
 DEFAULT_ACTIVATION = QuantSpec(num_bits=6, strategy="token", dynamic=True)
 
 
-class Reconstruction(LightningModule):
+class Reconstruction(Hooks):
     """Optimises quantised layers unit by unit against the full-precision teacher.
 
     Only quantised layers are registered, under `quantizers`, and what else of the network was
@@ -69,15 +69,6 @@ class Reconstruction(LightningModule):
             threads, so a run has the same bytes only with the same number.
         compile: Whether the unit's forward is compiled; auto: where the work pays for it.
     """
-
-    activation_strategies: ClassVar[tuple[Strategy, ...]] = ("token",)
-    """What may share a range of activations; for others than token the method finds fixed ones."""
-    asymmetric_weights: ClassVar[bool] = False
-    """Whether the method finds zero-points of weights."""
-    quantize_vision = False
-    """Whether the method quantises the network that turns pictures into features."""
-    outside_weight: QuantSpec | None = None
-    """Grid of the weights of linears outside the blocks; None leaves them as they are."""
 
     quantizers: nn.ModuleDict
     frontier: Frontier
@@ -147,148 +138,6 @@ class Reconstruction(LightningModule):
         self._rows: list[int] = []
         self._run_learning: Callable[..., State] = stage_data.run_learning
 
-    # The hooks a method overrides -------------------------------------------------------------
-
-    @property
-    def wants_gram(self) -> bool:
-        """Whether `record.gram` is needed."""
-        return False
-
-    @property
-    def wants_attention(self) -> bool:
-        """Whether `record.salience` is needed; the adapter must then expose its attention."""
-        return False
-
-    @property
-    def wants_rows(self) -> Literal["timestep", "sample"] | None:
-        """Whether `record.absmax_rows` is needed, and what one of its rows is."""
-        return None
-
-    @property
-    def wants_tokens(self) -> int:
-        """How many tokens of each sample `record.tokens` is to keep."""
-        return 0
-
-    def prepare(self) -> None:
-        """Changes the network before it is cut into units; default: nothing."""
-
-    def preparation(self) -> list[Stage]:
-        """Stages before the network is cut into units; default: none.
-
-        Streams stand in front of the first block, no unit is open. What learns in them is what
-        `preparation_groups` says, by `preparation_loss`; without it they are searches.
-        """
-        return []
-
-    def preparation_groups(self) -> list[dict[str, Any]]:
-        """As `parameter_groups`, for a stage before there are units."""
-        return []
-
-    def preparation_loss(self, sample: int, step: int) -> dict[str, Tensor]:
-        """As `unit_loss`, for a sample in a stage before there are units."""
-        raise NotImplementedError
-
-    def partition(self) -> list[Unit]:
-        """The units, first to last, once `preparation` is done; default: one per block."""
-        return [Unit(name, (name,)) for name in self.adapter.block_names]
-
-    def foreseen_units(self) -> list[Unit]:
-        """The units as far as the configuration tells, for planning; default: `partition`.
-
-        Where `partition` waits for what `preparation` finds: the cut that takes most memory.
-        """
-        return self.partition()
-
-    @property
-    def further_streams(self) -> int:
-        """Boundaries kept beside the carried ones while a unit is open, targets inside it first."""
-        return 0
-
-    def unit_stages(self, unit: Unit) -> list[Stage]:
-        """What is done to a unit, in order; default: one stage of `unit_steps`."""
-        return [Stage("reconstruct", self.unit_steps(self.sample_count))]
-
-    def unit_steps(self, samples: int) -> int:
-        """Optimizer steps of a unit, given the number of calibration samples; at least 1."""
-        return 1
-
-    def open_stage(self, stage: Stage) -> dict[str, Tensor]:
-        """Begins a stage, also one that is continued: what was saved is loaded afterwards.
-
-        Returns:
-            What the stage keeps in `stage_state`.
-        """
-        return {}
-
-    def search_step(self, stage: Stage, step: int) -> dict[str, float]:
-        """One step of a stage in which nothing learns; values to be logged."""
-        return {}
-
-    def close_stage(self, stage: Stage) -> None:
-        """Draws the conclusions of a stage, before its unit (if it is the last) is closed."""
-
-    def open_unit(self, unit: OpenUnit) -> dict[str, QuantLinear]:
-        """The quantised layers that stand for the unit's linears, by full name.
-
-        Default: round-to-nearest.
-        """
-        return {
-            name: QuantLinear(module, self.weight, self.activation_spec(group.role))
-            for group in unit.groups
-            for name, module in group.linears.items()
-        }
-
-    def foreseen_layers(self, unit: OpenUnit) -> dict[str, QuantLinear]:
-        """Layers with the parts they have when the unit learns; their numbers mean nothing.
-
-        For planning: `unit.record` is random, and there are no streams. Default: `open_unit`.
-        """
-        return self.open_unit(unit)
-
-    def open_attention(self, name: str, unit: OpenUnit) -> QuantAttention:
-        """The quantised products of the attention of that full name.
-
-        Asked for where `quantize_attention` is set. Default: nothing fixed, nothing learned.
-        """
-        return attention.nearest_attentions(self, unit.unit.blocks)[name]
-
-    def unit_loss(self, student: Tensor, teacher: Tensor, sample: int) -> dict[str, Tensor]:
-        """Terms to be added up and minimised, from the unit's tokens [batch, tokens, channels]."""
-        raise NotImplementedError
-
-    def regularizer(self, unit: OpenUnit, progress: float) -> dict[str, Tensor]:
-        """Terms that depend on no sample; `progress` runs from 0 to 1 within the stage."""
-        return {}
-
-    def parameter_groups(self, unit: OpenUnit) -> list[dict[str, Any]]:
-        """Optimizer groups of what learns in the open stage; empty where nothing does.
-
-        Each has `name`, `params`, `lr` and `schedule`, which maps progress to a factor of lr.
-        """
-        return []
-
-    def on_loss(self, loss: Tensor) -> None:
-        """Sees the mean loss of each step, before the parameters it belongs to move."""
-
-    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The optimizer over `groups`."""
-        return torch.optim.Adam(groups, fused=True)
-
-    def close_outside(self, unit: OpenUnit) -> dict[str, QuantLinear]:
-        """Closed layers for linears of stem or head, on the grid `outside_weight`, by full name.
-
-        Asked for where `outside_weight` is set, for each group of one input in turn.
-
-        Args:
-            unit: The group, and what was recorded of its input behind the layers closed before.
-        """
-        raise NotImplementedError
-
-    def close_unit(self, unit: OpenUnit) -> None:
-        """Turns every layer of the unit into codes; default: what its rounding says."""
-        for layer in unit.layers.values():
-            layer.close_as_rounded()
-
     # What methods use ---------------------------------------------------------------------------
 
     @property
@@ -307,15 +156,6 @@ class Reconstruction(LightningModule):
         """`tuned` by full dotted name."""
         return {name.replace("/", "."): tensor for name, tensor in self.tuned.items()}
 
-    def activation_spec(self, role: str) -> QuantSpec | None:
-        """Grid of the input of linears of that role."""
-        return None if role == "modulation" and self.adaln == "w4a16" else self.activation
-
-    @property
-    def skip_roles(self) -> tuple[str, ...]:
-        """Roles of linears that stay in full precision."""
-        return ("modulation",) if self.adaln == "fp" else ()
-
     def record_row(self, sample: int) -> tuple[int, int] | None:
         """Row of `record.absmax_rows` that a calibration sample belongs to, and their number."""
         return (self._rows[sample], max(self._rows) + 1) if self._rows else None
@@ -332,57 +172,13 @@ class Reconstruction(LightningModule):
         Raises:
             ReconError: Naming key, value, rule and remedy.
         """
-        allowed = self.activation_strategies
-        found = self.activation.strategy if self.activation else "token"
-        if self.weight.strategy == "token" or found not in allowed:
-            raise ConfigError(
-                f"Weights take strategy channel or group, got {self.weight.strategy}; activations "
-                f"of {type(self).__name__} take {' or '.join(allowed)} (token with dynamic: true), "
-                f"got {found}. Change model.weight or model.activation."
-            )
-        self._check_zero_points()
-        if self.batch_size < 1:
-            raise ConfigError(f"model.batch_size must be at least 1, got {self.batch_size}.")
-        if self.micro_batch < 1:
-            raise ConfigError(f"model.micro_batch must be at least 1, got {self.micro_batch}.")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"model.threads must be at least 1 or null, got {self.threads}.")
-        self._check_attention()
+        refusals.check_grids(self)
+        refusals.check_numbers(self)
+        refusals.check_attention(self)
         stem_and_head.check(self)
         if self.wants_attention:
             stage_data.exposed_attention(self)
         self.adapter.check()
-
-    def _check_zero_points(self) -> None:
-        for grid in (self.weight, self.outside_weight or self.weight):
-            if grid.symmetric:
-                continue
-            if not self.asymmetric_weights:
-                raise ConfigError(
-                    f"model.weight.symmetric is false, but {type(self).__name__} finds no "
-                    "zero-points of weights. Set it to true, or use PTQ4DiT."
-                )
-            if grid.strategy != "channel":
-                raise ConfigError(
-                    f"symmetric is false with strategy {grid.strategy}, but weights have a "
-                    "zero-point for each output channel. Set strategy: channel."
-                )
-
-    def _check_attention(self) -> None:
-        if not self.quantize_attention:
-            return
-        if not MIN_BITS <= self.softmax_bits <= MAX_BITS:
-            raise ConfigError(
-                f"model.softmax_bits must lie in [{MIN_BITS}, {MAX_BITS}], got "
-                f"{self.softmax_bits}. The papers' value is 8."
-            )
-        if self.activation is None:
-            raise ConfigError(
-                "model.quantize_attention is true, but model.activation is null: query, key and "
-                "value take the grid of the inputs. Set model.activation, or quantize_attention: "
-                "false."
-            )
-        attention.replaceable(self.adapter)
 
     def check_budget(
         self, samples: int, held_out: int, rows: int, root: Path, device: torch.device

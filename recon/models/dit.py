@@ -5,7 +5,6 @@ import inspect
 import json
 from collections.abc import Mapping
 from functools import cached_property, partial
-from types import SimpleNamespace
 from typing import Any, Literal, cast
 from weakref import WeakValueDictionary
 
@@ -17,6 +16,17 @@ from recon.layers.tree import shared_copy
 from recon.models import dit_folding
 from recon.models.adapter import Device, InputGroup, ModelAdapter
 from recon.models.attention import Product, set_product
+from recon.models.dit_parts import (
+    BLOCKS,
+    EMBEDDER,
+    GROUPS,
+    HEAD,
+    PATCHES,
+    TIMESTEP_LINEARS,
+    CarriedConditioning,
+    Embedding,
+    Injector,
+)
 from recon.models.folder import numbered_blocks, read_json
 from recon.models.image_pipeline import (
     ImagePipeline,
@@ -28,30 +38,9 @@ from recon.models.image_pipeline import (
 from recon.models.weights import placed
 from recon.types import Sample, State
 
-BLOCKS = "transformer_blocks"
-EMBEDDER = "norm1.emb"
-"""Where a block of diffusers keeps an embedder of its own, of timestep and class."""
 FIRST_CLASS = "Transformer2DModel"
 """Class name in the configuration of facebook/DiT-XL-2-256 and -512, which are older than the
 class that diffusers loads them with today."""
-
-GROUPS = (
-    InputGroup(("norm1.linear",), "modulation"),
-    InputGroup(("attn1.to_q", "attn1.to_k", "attn1.to_v"), "attention_input"),
-    InputGroup(("attn1.to_out.0",), "attention_output"),
-    InputGroup(("ff.net.0.proj",), "feed_forward_up"),
-    InputGroup(("ff.net.2",), "feed_forward_down"),
-)
-"""Linears of a block in call order. Source: PTQ4DiT, figure 7."""
-
-PATCHES = "pos_embed.proj"
-"""The convolution that makes tokens of patches."""
-
-TIMESTEP_LINEARS = tuple(f"{EMBEDDER}.timestep_embedder.linear_{number}" for number in (1, 2))
-"""Linears of an embedder, by their names in a block, in call order."""
-
-HEAD = (InputGroup(("proj_out_1",), "modulation"), InputGroup(("proj_out_2",), "output"))
-"""Linears behind the blocks: of the last scale and shift, and of the output."""
 
 
 class DiT(ModelAdapter):
@@ -251,7 +240,7 @@ class DiT(ModelAdapter):
     def empty_block(self, name: str) -> nn.Module:
         """As for every adapter, without an embedder of its own."""
         block = shared_copy(super().empty_block(name))
-        block.set_submodule(EMBEDDER, _CarriedConditioning())
+        block.set_submodule(EMBEDDER, CarriedConditioning())
         return block
 
     def example_sample(self, rows: int, device: Device, dtype: torch.dtype) -> Sample:
@@ -348,7 +337,7 @@ class DiT(ModelAdapter):
     def output_with(self, ends: nn.Module, sample: Sample, state: State, device: Device) -> Tensor:
         """As `output`, through the output layer of `ends`."""
         embedders = ends.get_submodule(BLOCKS)
-        ends.set_submodule(BLOCKS, nn.ModuleList([_Injector(state)]))
+        ends.set_submodule(BLOCKS, nn.ModuleList([Injector(state)]))
         try:
             (output,) = ends(
                 hidden_states=sample["hidden_states"].to(device, self.compute_dtype(device)),
@@ -560,7 +549,7 @@ class DiT(ModelAdapter):
             names = ends.state_dict().keys()
             self._assign(ends, self.weights.load_names(names, self.compute_dtype(device), device))
             embedders = [self._embedder(f"{b}.{EMBEDDER}", device) for b in self._embedding_blocks]
-            ends.set_submodule(BLOCKS, nn.ModuleList(_Embedding(one) for one in embedders))
+            ends.set_submodule(BLOCKS, nn.ModuleList(Embedding(one) for one in embedders))
             self._ends[key] = ends.to(torch.device(device)).requires_grad_(False).eval()
         return self._ends[key]
 
@@ -581,38 +570,3 @@ class DiT(ModelAdapter):
         self._assign(embedder, self.weights.load(name, self.compute_dtype(device), device))
         # eval: in training it would replace a tenth of the classes by the null class
         return embedder.requires_grad_(False).eval()
-
-
-class _CarriedConditioning(nn.Module):
-    """Stands where a block has its embedder and gives back what the state carries."""
-
-    position: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        # A tensor: a number would make every block another program to torch.compile.
-        self.register_buffer("position", torch.zeros(1, dtype=torch.long), persistent=False)
-
-    def forward(self, conditioning: Tensor, *unused: Any, **also_unused: Any) -> Tensor:
-        return conditioning.index_select(1, self.position).squeeze(1)
-
-
-class _Embedding(nn.Module):
-    """Stands where a block was and has its embedder, at the block's name for it."""
-
-    def __init__(self, embedder: nn.Module) -> None:
-        super().__init__()
-        self.norm1 = nn.ModuleDict({"emb": embedder})
-
-
-class _Injector(nn.Module):
-    """Stands for all blocks: puts out a stream, and embeds as the first block would."""
-
-    def __init__(self, state: State) -> None:
-        super().__init__()
-        self.stream = state["hidden_states"]
-        conditioning = state["conditioning"][:, 0]
-        self.norm1 = SimpleNamespace(emb=lambda *unused, **also_unused: conditioning)
-
-    def forward(self, *unused: Any, **also_unused: Any) -> Tensor:
-        return self.stream
