@@ -1,7 +1,5 @@
 """What is written and shown when the last unit is closed."""
 
-import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
+from recon.calibration.artefact import write_json
 from recon.engine.native import write_native
 from recon.engine.reconstruction import Reconstruction
 from recon.engine.result import summary
@@ -38,13 +37,6 @@ class RunSummary(Callback):
         write_native(pl_module, pl_module.root / "quantized")
         write_json(pl_module.root / "summary.json", content)
         show(content, pl_module.root)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes `content` beside its target, then renames: a reader never sees half a file."""
-    aside = path.with_suffix(".partial")
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(aside, path)
 
 
 def show(content: dict[str, Any], root: Path) -> None:

@@ -24,6 +24,7 @@ from recon.callbacks.exports import ExportAtEnd
 from recon.callbacks.progress import UnitProgress
 from recon.callbacks.salience import TokenSalience
 from recon.callbacks.samples import MediaLogger, SampleWriter
+from recon.callbacks.step_errors import StepErrors
 from recon.callbacks.summary import RunSummary
 from recon.callbacks.tracking import RunCSVLogger, UnitTracking
 from recon.cli.arguments import run_name
@@ -35,13 +36,8 @@ from recon.engine.reconstruction import Reconstruction
 from recon.engine.strategy import ReconStrategy
 from recon.errors import CheckpointMismatch, ConfigError
 
-DESCRIPTION = """Post-training quantisation of diffusion transformers, unit by unit.
-
-`recon COMMAND --run FOLDER` takes configuration and newest checkpoint from a run folder. Further
-commands, each with --help: plan (memory, time, disk and sizes before a fit), export (formats of
-other libraries), bench (their speed), report (one page about a run), compare (runs side by side),
-table (methods against baselines), bench-step (speed of one optimizer step on a block of real
-size)."""
+DESCRIPTION = """Post-training quantisation, unit by unit. `--run FOLDER` takes configuration and
+newest checkpoint from a run folder."""
 
 
 class SavedConfig(SaveConfigCallback):
@@ -86,6 +82,7 @@ class ReconCLI(LightningCLI):
         parser.add_lightning_class_args(UnitProgress, "progress")
         parser.add_lightning_class_args(PairedMetrics, "metrics")
         parser.add_lightning_class_args(AnswerMetrics, "answers")
+        parser.add_lightning_class_args(StepErrors, "step_errors")
         parser.add_lightning_class_args(MediaLogger, "media")
         parser.add_lightning_class_args(ClassGrid, "class_grid")
         parser.add_lightning_class_args(SampleWriter, "writer")

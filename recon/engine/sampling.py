@@ -39,15 +39,10 @@ def sample(
     kept = _baselines(module, data, device)
     result: dict[str, Any] = dict(batch)
     for form in forms:
-        pipeline = module.pipelines.get(form)
-        if pipeline is None:
-            pipeline = module.adapter.pipeline(device, network(module, form, device))
-            module.pipelines[form] = pipeline
-        make = partial(data.outputs, pipeline, batch)
+        around = pipeline(module, form, device)
+        make = partial(data.outputs, around, batch)
         learned = form == "quantized"
-        result[form] = (
-            make() if kept is None or learned else kept.get(pipeline.network, batch, make)
-        )
+        result[form] = make() if kept is None or learned else kept.get(around.network, batch, make)
     return result
 
 
@@ -59,6 +54,14 @@ def _baselines(
     settings = {**data.sampling_settings(), "dtype": str(module.adapter.compute_dtype(device))}
     settings["device"] = device.type
     return Baselines(Path(data.baselines).expanduser(), module.adapter, settings)
+
+
+def pipeline(module: "Reconstruction", form: Form, device: torch.device) -> Any:
+    """The family's pipeline around one form of the network; made once, kept by the module."""
+    if form not in module.pipelines:
+        whole = network(module, form, device)
+        module.pipelines[form] = module.adapter.pipeline(device, whole)
+    return module.pipelines[form]
 
 
 def network(module: "Reconstruction", form: Form, device: torch.device) -> nn.Module:

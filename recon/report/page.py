@@ -25,6 +25,7 @@ from recon.report.sections import (
     samples,
     scales,
     speed,
+    step_errors,
     tokens,
     units,
 )
@@ -47,6 +48,7 @@ class Section:
 SECTIONS = (
     Section("samples", "Samples", samples.build),
     Section("metrics", "Metrics", metrics.build),
+    Section("step_errors", "Error at each sampling step", step_errors.build),
     Section("units", "Error and loss of each unit", units.build),
     Section("layer_errors", "Error of each layer", layer_errors.build),
     Section("layers", "What was quantised", layers.build),

@@ -32,6 +32,7 @@ def made_run(root: Path, family: str = "dit") -> Path:
     change(root / "calibration" / "calibration.json", **_scores())
     write(root / "summary.json", _summary(len(errors)))
     write(root / "test.json", _evaluation())
+    write(root / "test_steps.json", _step_errors())
     (root / "config.yaml").write_text("# lightning.pytorch==2.6.6\nmodel:\n  note: <b>\n")
     (root / "command.txt").write_text(f"{COMMAND}\n")
     _write_metrics(root / "metrics.csv", manifest["unit_errors"])
@@ -140,6 +141,14 @@ def _evaluation() -> dict[str, Any]:
         "settings": {"steps": STEPS, "definitions": {"psnr": "dB over all pixels"}},
         "samples": rows,
     }  # fmt: skip
+
+
+def _step_errors() -> dict[str, Any]:
+    errors = [
+        {"timestep": 999.0 - 150 * n, "round_to_nearest": 0.0234 * (n + 1), "quantized": 0.00567}
+        for n in range(STEPS)
+    ]
+    return {"prompts": list(PROMPTS), "seeds": list(SEEDS), "steps": STEPS, "errors": errors}
 
 
 def _export() -> dict[str, Any]:

@@ -24,7 +24,7 @@ def test_it_opens_without_complaints_loads_its_samples_and_asks_for_nothing(
     seen = look(COMMAND, page(open_runs([whole_run])), tmp_path, 1200)
     assert seen.console == []
     assert seen.found["title"] == "run · recon report"
-    assert seen.found["headings"] == 11
+    assert seen.found["headings"] == 12
     assert seen.requests == []
     assert sorted(image["type"] for image in seen.found["images"]) == ["image/gif", "image/png"]
     for image in seen.found["images"]:

@@ -136,6 +136,17 @@ def test_exports_are_those_of_export_json(whole_run: Path, read: Page) -> None:
     assert row[5] == export["runs_as"][0]
 
 
+def test_errors_of_sampling_steps_are_those_of_the_evaluation(whole_run: Path, read: Page) -> None:
+    found = stored(whole_run, "test_steps.json")["errors"]
+    rows = read.table("step")
+    assert len(rows) == len(found)
+    for step, row in enumerate(found):
+        nearest, quantized = row["round_to_nearest"], row["quantized"]
+        assert rows[str(step)] == [
+            [row["timestep"]], [nearest], [quantized], [pytest.approx(quantized / nearest)]
+        ]  # fmt: skip
+
+
 def test_speeds_are_those_of_the_benchmark(whole_run: Path, read: Page) -> None:
     found = stored(whole_run, "bench.json")
     rows = read.table("network")
@@ -171,7 +182,10 @@ def test_a_plan_stands_beside_what_was_taken(whole_run: Path, read: Page) -> Non
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "section"), [("bench.json", "speed"), ("plan.json", "plan")])
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [("bench.json", "speed"), ("plan.json", "plan"), ("test_steps.json", "step_errors")],
+)
 def test_what_was_not_measured_has_no_section(
     name: str, section: str, whole_run: Path, text: str, tmp_path: Path
 ) -> None:
