@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from recon import __version__
 from recon.cli.arguments import run_name, with_run_folder
+from recon.cli.main import COMMANDS
 from tests.cli.command import CONFIGS, codes, fit_arguments, result, with_calibration
 
 Call = Callable[[list[str]], tuple[int, str]]
@@ -113,3 +115,21 @@ def test_every_configuration_parses(recon: Call, config: Path) -> None:
     text = config.read_text()
     assert text.startswith("#"), "a configuration begins with what it is and how it is run"
     assert "recon fit" in text
+
+
+def test_help_names_every_command_at_once(recon: Call) -> None:
+    for arguments in ([], ["--help"], ["-h"]):
+        status, printed = recon(arguments)
+        assert status == 0
+        for name, what in COMMANDS.items():
+            assert f"  {name} " in printed
+            assert what in printed
+    assert recon(["--version"]) == (0, f"recon {__version__}\n")
+
+
+@pytest.mark.parametrize("word", ["quantize", "--run", "--config"])
+def test_what_is_no_command_is_refused_with_those_there_are(word: str, recon: Call) -> None:
+    status, printed = recon([word, "here"])
+    assert status == 2
+    assert printed.startswith(f"recon: {word} is no command. There are fit, validate, test")
+    assert len(printed.splitlines()) == 1
