@@ -23,6 +23,7 @@ from recon.cli.plan_tables import show
 from recon.engine.checks import checks
 from recon.engine.plan import Setting, planned
 from recon.export.foreseen import foreseen_exports
+from recon.models.adapter import ModelAdapter
 
 
 def plan(arguments: Sequence[str]) -> None:
@@ -42,7 +43,7 @@ def plan(arguments: Sequence[str]) -> None:
         root=Path(trainer.default_root_dir),
         processes=trainer.num_devices * trainer.num_nodes,
         checks=checks(trainer, module, data),
-        libraries=library_bytes(),
+        libraries=library_bytes(module.adapter),
     )
     found, layers = planned(setting, probe=options.probe)
     exports = foreseen_exports(module, layers)
@@ -72,14 +73,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def library_bytes() -> int:
+def library_bytes(adapter: ModelAdapter) -> int:
     """Bytes that this process holds once it has imported what a fit does and run a step.
 
     The first products make each library set up threads and buffers, which stay.
     """
+    # Nothing of these is used: what they take is what is asked for.
     import datasets  # noqa: F401
-    from diffusers import AutoencoderKL  # noqa: F401
-    from transformers import AutoTokenizer, T5EncoderModel  # noqa: F401
+
+    if type(adapter.empty_network()).__module__.startswith("diffusers"):
+        from diffusers import AutoencoderKL  # noqa: F401
+        from transformers import AutoTokenizer, T5EncoderModel  # noqa: F401
+    else:
+        from transformers import AutoProcessor  # noqa: F401
 
     weight = torch.ones(64, 64, requires_grad=True)
     optimizer = torch.optim.Adam([weight], fused=True)

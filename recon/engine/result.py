@@ -59,14 +59,19 @@ def linear_bytes(layers: Iterable[nn.Module]) -> dict[str, int]:
     return {"full_precision": full, "quantized": quantized}
 
 
+def host_peak() -> int:
+    """Bytes that this process had in memory at most.
+
+    Children do not count: until one runs its own program the system takes all that it shares with
+    its parent for the child's, so that W&B's call of git would double the number.
+    """
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def summary(module: "Reconstruction", total_seconds: float) -> dict[str, Any]:
     """The content of `summary.json`."""
     samples = len(module.frontier.calibration) + len(module.frontier.held_out)
     forwards = module.frontier.forwards
-    kilobytes = sum(
-        resource.getrusage(who).ru_maxrss
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return {
         "method": type(module).__name__,
@@ -79,7 +84,7 @@ def summary(module: "Reconstruction", total_seconds: float) -> dict[str, Any]:
         "blocks": sum(len(unit.blocks) for unit in module.units),
         "block_forwards_per_sample": (forwards.teacher + forwards.student) / max(samples, 1),
         "seconds": {**module.seconds, "total": total_seconds},
-        "peak_memory_bytes": {"host": 1024 * kilobytes, "device": device},
+        "peak_memory_bytes": {"host": host_peak(), "device": device},
         "size_bytes": linear_bytes(module.quantizers.values()),
         "error": module.final_error,
     }

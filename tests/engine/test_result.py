@@ -1,12 +1,16 @@
 """Sizes: what the quantised linears of the published networks take, every overhead counted."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from recon.engine.result import linear_bytes
+from recon.engine.result import host_peak, linear_bytes
 from recon.layers.quant_linear import QuantLinear
 from recon.layers.transform import InputTransform
 from recon.models.cogvideox import GROUPS
@@ -84,3 +88,10 @@ def test_the_5b_total_is_the_published_one() -> None:
     clips = 8 * len(layers)
     assert (left - transforms - clips) / 2**30 == pytest.approx(2.634, abs=0.002)
     assert transforms / 2**30 < 0.012
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="The other count is Linux's.")
+def test_the_peak_in_memory_is_that_of_this_process_alone() -> None:
+    subprocess.run([sys.executable, "-c", ""], check=True)  # a copy of this process for a moment
+    (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert host_peak() == pytest.approx(1024 * int(kilobytes), rel=0.02)
