@@ -21,6 +21,11 @@ NO_ROUNDING = ("--model.rounding", "none")
 LAYERWISE = ("--model.partition_by", "layerwise")
 QUANTIZED_VISION = ("--model.quantize_vision", "true")
 TUNED_VISION = (*QUANTIZED_VISION, "--model.veo.enabled", "true")
+FEATURES_ALONE = (
+    *("--model.veo.params", "[act_ranges,rounding]", "--model.veo.answer_weight", "0"),
+    *("--model.veo.entropy_weight", "0", "--model.veo.output_share", "0"),
+    *("--model.veo.epochs", "25", "--model.veo.patience", "25"),
+)
 
 Results = Mapping[str, Any]
 """The content of a run's `test.json`."""
@@ -118,6 +123,8 @@ TEACHERS: dict[str, Teacher] = {
             "q_vlm": (("q_vlm",), ()),
             "q_vlm_dp": (("q_vlm",), ("--model.partition_by", "dp")),
             "q_vlm_fixed": (("q_vlm",), ("--model.partition_by", "fixed")),
+            "q_vlm_quant_error": (("q_vlm",), ("--model.proxy", "quant_error")),
+            "q_vlm_ded": (("q_vlm",), ("--model.proxy", "ded")),
             "q_vlm_layerwise": (("q_vlm",), LAYERWISE),
             "q_vlm_rounding": (("q_vlm",), NO_SEARCH),
             "q_vlm_search": (("q_vlm",), NO_ROUNDING),
@@ -128,6 +135,7 @@ TEACHERS: dict[str, Teacher] = {
             "q_vlm_mbq": (("q_vlm",), ("--model.image_weight", "mbq")),
             "q_vlm_vision": (("q_vlm",), QUANTIZED_VISION),
             "q_vlm_veo": (("q_vlm",), TUNED_VISION),
+            "q_vlm_vision_rounding": (("q_vlm",), (*TUNED_VISION, *FEATURES_ALONE)),
             "q_vlm_paper": (("q_vlm_paper",), ()),
             "q_vlm_paper_cdm": (("q_vlm_paper",), ("--model.veo.enabled", "false")),
         },

@@ -156,8 +156,8 @@ class OffsetRounding(nn.Module):
         weight: The weight to be rounded, [out, channels].
         scale: Its step sizes s0.
         spec: Its grid.
-        bounds: Of θ; None: nothing is learned.
-        learn_offset: Whether V is learned beside θ.
+        bounds: Of θ; None: it is not learned.
+        learn_offset: Whether V is learned.
 
     Source: AutoRound (arXiv 2309.05516), SignRound; θ from Q-VLM's specification.
     """
@@ -171,14 +171,13 @@ class OffsetRounding(nn.Module):
         spec: QuantSpec,
         *,
         bounds: tuple[float, float] | None = None,
-        learn_offset: bool = True,
+        learn_offset: bool = False,
     ) -> None:
         super().__init__()
         self.spec, self._bounds = spec, bounds
         self.register_buffer("step", scale.clone())
-        learn = bounds is not None
-        self.offset = nn.Parameter(torch.zeros_like(weight)) if learn and learn_offset else None
-        self.log_factor = nn.Parameter(torch.zeros_like(scale)) if learn else None
+        self.offset = nn.Parameter(torch.zeros_like(weight)) if learn_offset else None
+        self.log_factor = None if bounds is None else nn.Parameter(torch.zeros_like(scale))
 
     def scale(self, weight: Tensor) -> Tensor:
         """The step sizes as they are learned; `weight` is not looked at."""

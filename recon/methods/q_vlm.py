@@ -94,7 +94,7 @@ class QVLM(StagedReconstruction):
             by the share of the answer's gradient that reaches them (`engine.modality`).
         quantize_vision: Whether the linears of the visual encoder are quantised, their inputs per
             token (Source: Q-VLM, after Outlier Suppression), on searched ranges. The paper does;
-            ours leaves it out, because nothing learns the encoder's rounding.
+            ours leaves it to be asked for: its rounding is learned only where `veo` does so.
         veo: Tuning of the visual encoder, quantised or not, before anything else.
         **kwargs: Arguments of `Reconstruction`.
 

@@ -74,6 +74,7 @@ def _check_encoder(method: "QVLM", adapter: SeesPictures) -> None:
         "act_ranges": method.quantize_vision and method.activation is not None,
         "norms": bool(adapter.vision_norms()),
         "weight_scales": method.quantize_vision,
+        "rounding": method.quantize_vision,
         "weights": True,
     }
     if method.veo.enabled and not any(there[part] for part in method.veo.params):

@@ -42,7 +42,9 @@ def let_learn(method: "QVLM", unit: OpenUnit, candidates: Mapping[str, int]) -> 
 
     def rounding(weight: Tensor, scale: Tensor) -> Rounding:
         if method.rounding == "signround":
-            return OffsetRounding(weight, scale, method.weight, bounds=method.learned_change)
+            return OffsetRounding(
+                weight, scale, method.weight, bounds=method.learned_change, learn_offset=True
+            )
         return AdaptiveRounding(weight, scale, method.weight)
 
     round_weights(unit, rounding)

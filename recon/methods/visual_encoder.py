@@ -22,11 +22,16 @@ from recon.engine.staged import OpenStage
 from recon.engine.unit import Stage, StageState
 from recon.losses.answers import relative_distance
 from recon.methods import visual_encoder_search
+from recon.methods.rounding_behind_search import SIGN
 from recon.methods.visual_encoder_layers import SEARCH_STAGE, encoder_layers, encoder_sites
 from recon.methods.visual_encoder_objective import VisualEncoderObjective
 
 if TYPE_CHECKING:
     from recon.methods.q_vlm import QVLM
+
+
+KINDS = {"teacher_weight": "encoder weights", "rounding.offset": "encoder rounding"}
+"""Of a layer's parameters, those with a learning rate of their own."""
 
 
 def stages(method: "QVLM") -> list[Stage]:
@@ -143,15 +148,16 @@ class TunedEncoder(QuantisedEncoder):
     @property
     def _parts(self) -> dict[str, list[Tensor]]:
         """What learns, by the name of its learning rate; what linears share stands there once."""
-        found: dict[str, dict[Tensor, None]] = {"encoder": {}, "encoder weights": {}}
+        found: dict[str, dict[Tensor, None]] = {
+            "encoder": {}, "encoder rounding": {}, "encoder weights": {}
+        }  # fmt: skip
         norms = tuple(f"{name}." for name in self._adapter.vision_norms())
         for name, tensor in self._method.tuned_tensors().items():
             inside = name.removeprefix(f"{self._adapter.vision_name}.")
             found["encoder" if inside.startswith(norms) else "encoder weights"][tensor] = None
         for layer in self.layers.values():
             for name, parameter in layer.named_parameters():
-                kind = "encoder weights" if name == "teacher_weight" else "encoder"
-                found[kind][parameter] = None
+                found[KINDS.get(name, "encoder")][parameter] = None
         return {kind: list(parameters) for kind, parameters in found.items()}
 
     @property
@@ -160,10 +166,16 @@ class TunedEncoder(QuantisedEncoder):
         return [parameter for parameters in self._parts.values() for parameter in parameters]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Adam on a cosine to 0, weights of the encoder at a rate of their own."""
-        rates = {"encoder": self._tuning.lr, "encoder weights": self._tuning.weight_lr}
+        """Adam on a cosine to 0, weights at a rate of their own; offsets as SignRound has them."""
+        tuning, cosine = self._tuning, schedules.cosine
+        steps = tuning.epochs * _epoch(self._method)
+        rules: dict[str, dict[str, Any]] = {
+            "encoder": {"lr": tuning.lr, "schedule": cosine},
+            "encoder rounding": {"lr": 1 / steps, "schedule": schedules.linear, **SIGN},
+            "encoder weights": {"lr": tuning.weight_lr, "schedule": cosine},
+        }
         return [
-            {"name": name, "params": parameters, "lr": rates[name], "schedule": schedules.cosine}
+            {"name": name, "params": parameters, **rules[name]}
             for name, parameters in self._parts.items()
             if parameters
         ]
@@ -208,19 +220,20 @@ class TunedEncoder(QuantisedEncoder):
         return {"held_out_cross_entropy": cross_entropy, "held_out_error": error}
 
     def _values(self, state: StageState) -> list[float]:
-        """Cross-entropy and λ2 of the error before each epoch; inf where either got worse.
+        """Cross-entropy and λ2 of the error before each epoch; inf where one that counts got worse.
 
         The entropy is left out: its weights differ from epoch to epoch.
         """
+        weights = (self._tuning.answer_weight, self._tuning.error_weight)
         rows: list[list[float]] = state["held_out"].tolist()
         looked = [row for row in rows if not math.isinf(row[0])]
         start = looked[0] if looked else rows[0]
-        return [
-            row[0] + self._tuning.error_weight * row[1]
-            if row[0] <= start[0] and row[1] <= start[1]
-            else math.inf
+        worse = [
+            any(w and new > old for w, new, old in zip(weights, row, start, strict=True))
             for row in looked
         ]
+        values = [sum(w * value for w, value in zip(weights, row, strict=True)) for row in looked]
+        return [math.inf if bad else value for bad, value in zip(worse, values, strict=True)]
 
     def _ended(self, state: StageState) -> bool:
         values = self._values(state)

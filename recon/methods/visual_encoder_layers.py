@@ -76,7 +76,7 @@ def encoder_layers(
             spec,
             made,
             lambda weight, scale: OffsetRounding(
-                weight, scale, method.weight, bounds=step_bounds, learn_offset=False
+                weight, scale, method.weight, bounds=step_bounds, learn_offset="rounding" in tuned
             ),
         )
     if "weights" in tuned:

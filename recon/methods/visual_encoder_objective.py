@@ -42,9 +42,9 @@ class Seen:
     features: Tensor
     """What its pictures become."""
     hidden: list[Tensor]
-    """Behind each block, [1, tokens, channels]."""
+    """Behind each block, [1, tokens, channels]; none where the language model was not run."""
     state: State
-    """Behind the last one."""
+    """Behind the last of them."""
 
 
 class VisualEncoderObjective:
@@ -96,14 +96,16 @@ class VisualEncoderObjective:
     # The objective of a sample: eqs 8 to 10 -------------------------------------------------------
 
     def terms(self, sample: int, step: int, state: StageState) -> dict[str, Tensor]:
-        """Cross-entropy of the answer, λ1 of the entropy and λ2 of the error.
+        """Cross-entropy of the answer, λ1 of the entropy and λ2 of the error, those that count.
 
         A text without a picture says nothing about the encoder and counts as zero.
         """
         if not self._has_pictures(sample):
             return self.nothing()
-        tuning, seen = self._tuning, self.see(sample)
-        terms = {"cross_entropy": self._cross_entropy(sample, seen)}
+        tuning, seen = self._tuning, self.see(sample, whole=self._needs_output)
+        terms = {}
+        if tuning.answer_weight > 0:
+            terms["cross_entropy"] = tuning.answer_weight * self._cross_entropy(sample, seen)
         if self._has_entropy:
             terms["entropy"] = tuning.entropy_weight * self._entropy(seen, sample, step, state)
         if tuning.error_weight > 0:
@@ -112,8 +114,9 @@ class VisualEncoderObjective:
 
     def nothing(self) -> dict[str, Tensor]:
         """The same terms, all of them zero."""
-        has_error = self._tuning.error_weight > 0
-        names = ["cross_entropy", *["entropy"] * self._has_entropy, *["error"] * has_error]
+        has_answer, has_error = self._tuning.answer_weight > 0, self._tuning.error_weight > 0
+        has = {"cross_entropy": has_answer, "entropy": self._has_entropy, "error": has_error}
+        names = [name for name, counts in has.items() if counts]
         zero = torch.zeros((), device=self._device, requires_grad=True)
         return dict.fromkeys(names, zero)
 
@@ -121,12 +124,19 @@ class VisualEncoderObjective:
     def _has_entropy(self) -> bool:
         return self._tuning.entropy_weight > 0 and len(self.blocks) > 1
 
-    def see(self, sample: int) -> Seen:
-        """A sample that has pictures, through the encoder and the language model."""
+    @property
+    def _needs_output(self) -> bool:
+        """Whether a term reads anything behind the encoder."""
+        tuning = self._tuning
+        of_output = tuning.error_weight > 0 and tuning.output_share > 0
+        return tuning.answer_weight > 0 or self._has_entropy or of_output
+
+    def see(self, sample: int, *, whole: bool = True) -> Seen:
+        """A sample that has pictures, through the encoder and, if `whole`, the language model."""
         given, adapter = self._frontier.sample(sample), self._method.adapter
         features = self._student.features(given)
         state, hidden = self._adapter.embed_features(given, features, self._device), []
-        for block in self.blocks:
+        for block in self.blocks if whole else ():
             # Only what stands between blocks is kept for the way back.
             state = checkpoint(
                 adapter.forward_block, block, state, use_reentrant=False, preserve_rng_state=False
@@ -168,9 +178,10 @@ class VisualEncoderObjective:
         """Relative error of the encoder's output, and η times that of the last block's (eq. 9)."""
         with torch.no_grad():
             features = self._teacher.features(self._frontier.sample(sample))
-        output = relative_distance(seen.hidden[-1], self._target(sample))
-        encoder = relative_distance(seen.features, features)
-        return encoder + self._tuning.output_share * output
+        error, share = relative_distance(seen.features, features), self._tuning.output_share
+        if share > 0:
+            error = error + share * relative_distance(seen.hidden[-1], self._target(sample))
+        return error
 
     def _target(self, sample: int) -> Tensor:
         return self._frontier.tokens(self._frontier.state("teacher", sample))

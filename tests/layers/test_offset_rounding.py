@@ -35,7 +35,8 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_it_starts_at_the_nearest_codes(spec: QuantSpec, bounds: tuple[float, float]) -> None:
     weight = random(6, 8)
     scale = absmax_scale(weight_range(weight, spec), spec)
-    rounding = OffsetRounding(weight, scale, spec, bounds=bounds)
+    learns = bounds is not None
+    rounding = OffsetRounding(weight, scale, spec, bounds=bounds, learn_offset=learns)
     found, step = rounding.close(weight)
     assert torch.equal(found, codes(weight, scale, spec))
     assert torch.equal(step, scale)
@@ -46,7 +47,7 @@ def test_it_starts_at_the_nearest_codes(spec: QuantSpec, bounds: tuple[float, fl
 def test_offsets_move_codes_by_one_at_most_and_closing_changes_no_value(spec: QuantSpec) -> None:
     weight = random(6, 8)
     scale = absmax_scale(weight_range(weight, spec), spec)
-    rounding = OffsetRounding(weight, scale, spec, bounds=BOUNDS)
+    rounding = OffsetRounding(weight, scale, spec, bounds=BOUNDS, learn_offset=True)
     assert rounding.offset is not None
     with torch.no_grad():
         rounding.offset.copy_(3 * random(6, 8, seed=1))  # far outside: held at half a step
@@ -61,8 +62,9 @@ def test_gradients_reach_the_offset_and_the_step() -> None:
     weight = random(6, 8)
     spec = SPECS[0]
     rounding = OffsetRounding(
-        weight, absmax_scale(weight_range(weight, spec), spec), spec, bounds=BOUNDS
-    )
+        weight, absmax_scale(weight_range(weight, spec), spec), spec, bounds=BOUNDS,
+        learn_offset=True,
+    )  # fmt: skip
     rounding(weight).square().sum().backward()
     for parameter in rounding.parameters():
         assert parameter.grad is not None
@@ -143,7 +145,7 @@ def test_step_sizes_can_learn_alone_and_a_weight_through_its_rounding() -> None:
     spec = QuantSpec(num_bits=4, strategy="channel")
     weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
     scale = absmax_scale(weight_range(weight.detach(), spec), spec)
-    rounding = OffsetRounding(weight.detach(), scale, spec, bounds=BOUNDS, learn_offset=False)
+    rounding = OffsetRounding(weight.detach(), scale, spec, bounds=BOUNDS)
     assert [name for name, _ in rounding.named_parameters()] == ["log_factor"]
     rounding(weight).sum().backward()
     assert weight.grad is not None

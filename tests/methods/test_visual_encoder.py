@@ -35,7 +35,7 @@ from tests.models.tiny_vlm import write_tiny_vlm
 
 CPU = torch.device("cpu")
 TOWER = "model.vision_tower.encoder.layers.0"
-EVERYTHING: tuple[Part, ...] = ("act_ranges", "norms", "weight_scales", "weights")
+EVERYTHING: tuple[Part, ...] = ("act_ranges", "norms", "weight_scales", "rounding", "weights")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,12 @@ def opened(root: Path, module: QVLM, look: Callable[[TunedEncoder, StageState], 
     ("quantized", "params", "expected"),
     [
         (True, ("act_ranges", "norms"), {"encoder": 4 + 2 * 2}),
-        (True, EVERYTHING, {"encoder": 4 + 2 * 2 + 6, "encoder weights": 6}),
+        (True, ("rounding",), {"encoder rounding": 6}),
+        (
+            True,
+            EVERYTHING,
+            {"encoder": 4 + 2 * 2 + 6, "encoder rounding": 6, "encoder weights": 6},
+        ),
         (False, EVERYTHING, {"encoder": 2 * 2, "encoder weights": 6 * 2}),
         (False, ("act_ranges", "norms"), {"encoder": 2 * 2}),
     ],
@@ -84,7 +89,9 @@ def test_gradients_reach_every_part_that_is_named_and_nothing_else(
         learned = [p for group in groups for p in group["params"]]
         assert {id(p) for p in learned} == {id(p) for p in module.parameters()}
         rates = {group["name"]: group["lr"] for group in groups}
-        assert rates.items() <= {"encoder": 1e-3, "encoder weights": 1e-4}.items()
+        (steps,) = (s.steps for s in module.preparation() if s.name == vision.STAGE)
+        expected_rates = {"encoder": 1e-3, "encoder rounding": 1 / steps, "encoder weights": 1e-4}
+        assert rates.items() <= expected_rates.items()
         for name, term in stage.terms(0, 0, state).items():
             for parameter in torch.autograd.grad(term, learned, retain_graph=True):
                 assert parameter.abs().sum() > 0, name
@@ -117,6 +124,45 @@ def test_without_weights_the_loss_is_the_cross_entropy_that_the_public_class_giv
         assert stage.terms(3, 0, state)["cross_entropy"] == 0
 
     module = method(teacher, veo=replace(TUNED, entropy_weight=0.0, error_weight=0.0))
+    opened(tmp_path, module, look)
+
+
+def test_features_alone_are_fitted_without_the_language_model(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(stage: TunedEncoder, state: StageState) -> None:
+        adapter = module.adapter
+        assert isinstance(adapter, Llava)
+        monkeypatch.setattr(type(adapter), "forward_block", None)  # nobody may call it
+        sample = module.frontier.sample(0)
+        terms = stage.terms(0, 0, state)
+        found = vision.VisionNetwork(adapter, CPU, stage.layers).features(sample)
+        target = vision.VisionNetwork(adapter, CPU).features(sample)
+        expected = (found - target).norm() / target.norm()
+        assert list(terms) == ["error"]
+        assert torch.allclose(terms["error"], expected, rtol=1e-5)
+        assert list(stage.terms(3, 0, state)) == ["error"]
+
+    tuning = replace(
+        TUNED, params=("act_ranges", "rounding"), answer_weight=0.0, entropy_weight=0.0,
+        output_share=0.0,
+    )  # fmt: skip
+    module = method(teacher, veo=tuning)
+    opened(tmp_path, module, look)
+
+
+@pytest.mark.parametrize("answers", [0.0, 1.0])
+def test_what_has_no_weight_cannot_veto_a_tuning(
+    answers: float, teacher: Path, tmp_path: Path
+) -> None:
+    """Held-out rows in which the error falls and the cross-entropy rises."""
+
+    def look(stage: TunedEncoder, state: StageState) -> None:
+        state["held_out"][:2] = torch.tensor([[1.0, 0.8], [1.5, 0.4]])
+        accepted = stage._judge(state)["accepted"]
+        assert accepted is (answers == 0.0)
+
+    module = method(teacher, veo=replace(TUNED, answer_weight=answers))
     opened(tmp_path, module, look)
 
 
@@ -331,6 +377,10 @@ def test_every_combination_loads_what_it_evaluates(
             r"is to tune act_ranges, and .* has none: model\.quantize_vision is false",
         ),
         (
+            {"quantize_vision": False, "veo": replace(TUNED, params=("rounding",))},
+            "is to tune rounding",
+        ),
+        (
             {"activation": None, "veo": replace(TUNED, params=("act_ranges",))},
             "is to tune act_ranges",
         ),
@@ -349,6 +399,7 @@ def test_what_would_change_nothing_is_refused(
     [
         ({"params": ()}, "veo.params is empty"),
         ({"epochs": 0}, r"veo\.epochs must be at least 1, got 0"),
+        ({"answer_weight": 0.0, "error_weight": 0.0}, "are both 0: held-out answers and errors"),
         ({"error_weight": -1.0}, r"veo\.error_weight must be at least 0\.0, got -1\.0"),
     ],
 )
