@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import pytest
 
 from recon.cli import export, plan, table
-from recon.cli.main import LIGHTNING_COMMANDS, OWN_COMMANDS
+from recon.cli.main import COMMANDS
 from recon.export.exporting import FORMATS
 from recon.models.adapter import ModelAdapter
 from tests.cli.command import CONFIGS, REPOSITORY
@@ -45,7 +45,7 @@ def commands() -> list[list[str]]:
 
 
 RECON = [words[1:] for words in commands() if words[0] == "recon"]
-EVALUATIONS = [words for words in RECON if words[0] in ("test", "predict")]
+EVALUATIONS = [words for words in RECON if words[0] in ("test", "validate", "predict")]
 
 
 class Reached(Exception):
@@ -92,7 +92,7 @@ def test_every_block_is_known_to_ci_or_to_this_file() -> None:
 
 def test_every_command_of_the_page_exists() -> None:
     named = {*re.findall(r"`recon ([a-z-]+)", README), *(words[0] for words in RECON)}
-    assert named <= {*OWN_COMMANDS, *LIGHTNING_COMMANDS}
+    assert named <= set(COMMANDS)
 
 
 def test_extras_that_are_installed_are_defined() -> None:
