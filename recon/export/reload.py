@@ -176,15 +176,16 @@ def answered(
     Raises:
         ExportError: The process failed.
     """
-    aside = inputs.with_name("loaded.safetensors")
+    # Whole paths, so that it does not matter which folder the process works in.
+    aside = inputs.absolute().with_name("loaded.safetensors")
     facts, request = aside.with_suffix(".facts"), aside.with_suffix(".request")
     content = {
         "library": library,
         "class": public,
-        "folder": str(folder),
+        "folder": str(folder.absolute()),
         "dtype": dtype,
         "threads": torch.get_num_threads(),
-        "inputs": str(inputs),
+        "inputs": str(inputs.absolute()),
         "outputs": str(aside),
         "facts": str(facts),
     }

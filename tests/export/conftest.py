@@ -72,7 +72,7 @@ class Loader:
 
     def __call__(self, request: Path, library: str) -> None:
         assert self.process.stdin is not None
-        print(request, file=self.process.stdin, flush=True)
+        print(request.absolute(), file=self.process.stdin, flush=True)
         said = json.loads(self.answers.readline())
         if said:
             raise ExportError(reload.unloadable(library, said))
