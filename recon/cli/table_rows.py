@@ -19,7 +19,9 @@ AS_LONG_AS_Q_VLM = ("--model.steps", "200", "--model.lr", "4e-2")
 NO_SEARCH = ("--model.shrinks", "[1.0]")
 NO_ROUNDING = ("--model.rounding", "none")
 LAYERWISE = ("--model.partition_by", "layerwise")
+FULL_RANGE = ("--model.percentiles", "[1.0]")
 QUANTIZED_VISION = ("--model.quantize_vision", "true")
+NO_VEO = ("--model.veo.enabled", "false")
 TUNED_VISION = (*QUANTIZED_VISION, "--model.veo.enabled", "true")
 FEATURES_ALONE = (
     *("--model.veo.params", "[act_ranges,rounding]", "--model.veo.answer_weight", "0"),
@@ -137,7 +139,9 @@ TEACHERS: dict[str, Teacher] = {
             "q_vlm_veo": (("q_vlm",), TUNED_VISION),
             "q_vlm_vision_rounding": (("q_vlm",), (*TUNED_VISION, *FEATURES_ALONE)),
             "q_vlm_paper": (("q_vlm_paper",), ()),
-            "q_vlm_paper_cdm": (("q_vlm_paper",), ("--model.veo.enabled", "false")),
+            "q_vlm_paper_cdm": (("q_vlm_paper",), NO_VEO),
+            "q_vlm_paper_layerwise": (("q_vlm_paper",), (*NO_VEO, *LAYERWISE)),
+            "q_vlm_paper_neither": (("q_vlm_paper",), (*NO_VEO, *LAYERWISE, *FULL_RANGE)),
         },
         selection="given",
         bits=("4:16", "4:8", "4:4"),
