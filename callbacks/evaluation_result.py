@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from recon.calibration.artefact import write_json
+from recon.atomic import write_json
 from recon.callbacks.quality import bootstrap_interval
 
 Row = dict[str, Any]

@@ -1,6 +1,5 @@
 """How much attention the tokens of a video receive, as small pictures that stay with the run."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
+from recon.atomic import whole_file
 from recon.calibration import ranks
 from recon.engine.reconstruction import Reconstruction
 from recon.engine.unit import OpenUnit
@@ -62,9 +62,8 @@ def picture_shape(grid: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def _add(file: Path, index: int, picture: Tensor) -> None:
-    """Writes the file anew with a further picture, beside its target, then renames."""
+    """Writes the file anew with a further picture."""
     # What an earlier attempt left is not this run's; a continued one has its earlier units here.
     kept = load_file(file) if index and file.exists() else {}
-    aside = file.with_suffix(".partial")
-    save_file({**kept, f"unit={index:03d}": picture.contiguous()}, aside)
-    os.replace(aside, file)
+    with whole_file(file) as aside:
+        save_file({**kept, f"unit={index:03d}": picture.contiguous()}, aside)

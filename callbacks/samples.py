@@ -1,7 +1,6 @@
 """Samples, videos or pictures, on disk and in the tracker."""
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 from torch.nn import functional
 
+from recon.atomic import whole_file
 from recon.calibration import ranks
 from recon.callbacks.evaluating import Evaluating
 from recon.errors import ConfigError
@@ -50,8 +50,6 @@ def write_video(path: str | Path, video: Tensor, fps: int = FPS) -> Path:
             "[frames, 3, height, width]."
         )
     frames = (video.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".partial.{path.name}")  # the suffix chooses the encoder
     import imageio.v2 as imageio  # heavy: only where something is written
 
     options: dict[str, Any] = {"loop": 0, "duration": 1000 / fps}
@@ -60,8 +58,8 @@ def write_video(path: str | Path, video: Tensor, fps: int = FPS) -> Path:
         height, width = frames.shape[-2:]
         frames = functional.pad(frames.float(), (0, width % 2, 0, height % 2), mode="replicate")
         options = {"fps": fps, "macro_block_size": 1}
-    imageio.mimwrite(beside, list(frames.byte().permute(0, 2, 3, 1).numpy()), **options)
-    os.replace(beside, path)
+    with whole_file(path) as aside:
+        imageio.mimwrite(aside, list(frames.byte().permute(0, 2, 3, 1).numpy()), **options)
     return path
 
 
@@ -84,10 +82,8 @@ def write_picture(path: str | Path, picture: Tensor) -> Path:
     from PIL import Image
 
     values = (picture.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".partial.{path.name}")
-    Image.fromarray(values.permute(1, 2, 0).numpy()).save(beside)
-    os.replace(beside, path)
+    with whole_file(path) as aside:
+        Image.fromarray(values.permute(1, 2, 0).numpy()).save(aside)
     return path
 
 

@@ -7,8 +7,8 @@ from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
+from recon.atomic import write_json
 from recon.calibration import ranks
-from recon.calibration.artefact import write_json
 from recon.callbacks.evaluating import Evaluating
 from recon.callbacks.gathering import gather_rows
 from recon.engine.reconstruction import Reconstruction

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
 
-from recon.calibration.artefact import write_json
+from recon.atomic import write_json
 from recon.engine.native import write_native
 from recon.engine.reconstruction import Reconstruction
 from recon.engine.result import summary

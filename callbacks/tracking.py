@@ -1,7 +1,6 @@
 """One W&B run and one csv per run folder, with axes that suit units."""
 
 import csv
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from recon.atomic import whole_file
 from recon.engine.reconstruction import Reconstruction
 
 UNIT_METRICS = ("unit/error_before", "unit/error_after", "unit/seconds")
@@ -146,13 +146,10 @@ class RunCSVLogger(Logger):
         self.save()
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self._path.with_suffix(".partial")
-        with aside.open("w", newline="") as file:
+        with whole_file(self._path) as aside, aside.open("w", newline="") as file:
             writer = csv.DictWriter(file, self._columns, restval="")
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(aside, self._path)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from recon.atomic import whole_folder, write_json
 from recon.errors import CalibrationError, NumericsError
 from recon.types import Sample
 
@@ -143,7 +144,7 @@ def write_set(
     details: Mapping[str, Any],
     tensors: Sequence[str] | None = None,
 ) -> None:
-    """Write a set under `<folder>.partial` and rename it to `folder` when it is complete.
+    """Write a set; the folder is there when it is complete, and not before.
 
     Args:
         folder: Target; a set that is there is replaced.
@@ -155,30 +156,12 @@ def write_set(
     Raises:
         NumericsError: A tensor holds NaN or Inf. Nothing is left behind.
     """
-    folder = Path(folder)
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        count = _write_rows(partial, rows, tensors)
-        files = {p.name: _describe(p) for p in sorted(partial.iterdir())}
+    with whole_folder(Path(folder)) as aside:
+        count = _write_rows(aside, rows, tensors)
+        files = {p.name: _describe(p) for p in sorted(aside.iterdir())}
         content = {"format": FORMAT, "rows": count, "fingerprint": dict(fingerprint)}
         content |= {"files": files, "versions": _versions(), **details}
-        write_json(partial / MARKER, content)
-        _move(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON beside the target and rename it, so that no reader sees half a file."""
-    beside = path.with_name(f".{path.name}.partial")
-    with beside.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+        write_json(aside / MARKER, content)
 
 
 def digest(fingerprint: Fingerprint) -> str:
@@ -228,7 +211,7 @@ def _encode_row(row: Row) -> dict[str, Any]:
 
 
 def _write_rows(
-    partial: Path, rows: Callable[[], Iterable[Row]], tensors: Sequence[str] | None
+    aside: Path, rows: Callable[[], Iterable[Row]], tensors: Sequence[str] | None
 ) -> int:
     """The `datasets` files of the rows; returns how many rows there are."""
     import datasets  # heavy: only when a set is written
@@ -246,7 +229,7 @@ def _write_rows(
     features = dict.fromkeys(held if tensors is None else tensors, tensor)
     features |= {"prompt": text, "step": whole, "seed": whole, "C_diff": real, "C_quant": real}
     features |= {"score": real, "split": text, "reason": text}
-    spill = partial / "rows"
+    spill = aside / "rows"
     spill.mkdir()
     # One row per batch: no more than one sample is in memory.
     with ArrowWriter(
@@ -260,7 +243,7 @@ def _write_rows(
     was_off = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        datasets.Dataset.from_file(str(spill / "rows.arrow")).save_to_disk(str(partial))
+        datasets.Dataset.from_file(str(spill / "rows.arrow")).save_to_disk(str(aside))
     finally:
         if not was_off:
             datasets.enable_progress_bars()
@@ -273,16 +256,6 @@ def _describe(path: Path) -> dict[str, Any]:
         os.fsync(file.fileno())  # the marker must not reach the disk before the data
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": checksum}
-
-
-def _move(partial: Path, folder: Path) -> None:
-    """Put the finished folder in place; an older set is moved aside first, then deleted."""
-    old = folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _versions() -> dict[str, str]:

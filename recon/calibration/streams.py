@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from recon.atomic import write_json
 from recon.errors import BudgetError
 from recon.types import State
 
@@ -142,10 +142,7 @@ class DiskStreams(StreamStore):
             "shards": self._sums.get((boundary, stream), {}),
             "bytes": self._bytes.get((boundary, stream), 0),
         }
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        aside = marker.with_suffix(".partial")
-        aside.write_text(json.dumps(content))
-        os.replace(aside, marker)
+        write_json(marker, content)
 
     def restorable(self, boundary: int, streams: tuple[str, ...]) -> bool:
         """Whether every stream has a marker of this run and shards with the noted checksums."""

@@ -7,7 +7,6 @@ alone.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from recon.atomic import write_json
 from recon.export.finished import Finished
 from recon.export.speed import Settings, measure, subjects
 
@@ -41,7 +41,7 @@ def bench(arguments: Sequence[str]) -> None:
         torch.set_num_threads(options.threads)
     finished = Finished.open(options.run)
     result = measure(finished, subjects(finished, options.format), settings)
-    (options.run / "bench.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(options.run / "bench.json", result)
     show(result)
 
 

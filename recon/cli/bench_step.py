@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from recon.atomic import write_json
 from recon.calibration.statistics import UnitRecord
 from recon.engine import stage_data
 from recon.engine.assembly import assembled, layer_groups
@@ -35,7 +36,7 @@ def bench_step(arguments: Sequence[str]) -> None:
         adapter = _network(Path(folder), options)
         result = _measure(adapter, options, device)
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(options.json, result)
     Console().print_json(data=result)
 
 

@@ -6,7 +6,6 @@ are timed on random inputs (--no-probe leaves that out).
 """
 
 import argparse
-import json
 import os
 import resource
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
+from recon.atomic import write_json
 from recon.cli.arguments import run_folder, with_run_folder
 from recon.cli.lightning import prepared
 from recon.cli.plan_tables import show
@@ -56,7 +56,7 @@ def plan(arguments: Sequence[str]) -> None:
             "disk_peak": found.disk.peak,
             "exports": [asdict(export) for export in exports],
         }
-        file.write_text(json.dumps(content, indent=2) + "\n")
+        write_json(file, content)
     show(found, exports)
 
 

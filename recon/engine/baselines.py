@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recon.atomic import whole_file
 from recon.errors import ConfigError
 from recon.layers.quant_attention import QuantAttention
 from recon.layers.quant_linear import QuantLinear
@@ -62,11 +63,9 @@ class Baselines:
             return torch.load(path, weights_only=True)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
             made = make()
-        aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            torch.save(made, aside)
-            os.replace(aside, path)
+            with whole_file(path, writer=f"{os.getpid()}.") as aside:
+                torch.save(made, aside)
         except OSError as error:
             raise ConfigError(
                 f"data.baselines is {str(self.folder)!r}, which cannot be written: {error}. Name a "

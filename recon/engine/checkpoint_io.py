@@ -1,11 +1,12 @@
 """Checkpoints are written beside their target, synced, then renamed."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+
+from recon.atomic import whole_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -15,14 +16,5 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
         """Writes `checkpoint` to `path`."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            with aside.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, target)
-        finally:
-            aside.unlink(missing_ok=True)
+        with whole_file(Path(path)) as aside, aside.open("wb") as file:
+            torch.save(checkpoint, file)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from recon.atomic import PARTIAL
 from recon.engine.resume import refuse_unclosed
 from recon.errors import CheckpointMismatch
 
@@ -20,7 +21,7 @@ def written(root: Path) -> list[Path]:
 
 def clear_unfinished(root: Path) -> None:
     """Removes what a killed process left half written, which no later write would replace."""
-    for aside in (root / FOLDER).glob(".*.partial"):
+    for aside in (root / FOLDER).glob(f"{PARTIAL}*"):
         aside.unlink(missing_ok=True)
 
 

@@ -15,7 +15,6 @@ checksum of the other files
 import hashlib
 import importlib
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import recon
+from recon.atomic import whole_folder, write_json
 from recon.engine.assembly import adopted, placed_in
 from recon.engine.attention import own, put_in
 from recon.engine.stem_and_head import copies
@@ -44,27 +44,26 @@ FILES = ("config.json", "network.safetensors", "quantized.safetensors")
 
 
 def write_native(module: "Reconstruction", folder: Path) -> None:
-    """Writes the closed layers of `module` and the rest of its network to `folder`.
+    """Writes the closed layers of `module` and the rest of its network to `folder`."""
+    with whole_folder(folder) as aside:
+        _write(module, aside)
 
-    The folder is written aside and renamed: there is never half of one.
-    """
-    aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+
+def _write(module: "Reconstruction", folder: Path) -> None:
     layers = {
         name.replace("/", "."): layer
         for name, layer in module.quantizers.items()
         if isinstance(layer, QuantLinear)
     }
     adapter = module.adapter
-    shutil.copyfile(adapter.network_folder / "config.json", aside / "config.json")
+    shutil.copyfile(adapter.network_folder / "config.json", folder / "config.json")
     tuned = {name: tensor.detach().cpu() for name, tensor in module.tuned_tensors().items()}
     further = copies(module)
     replaced = {*tuned, *(f"{name}.weight" for name in (*layers, *further))}
     kept = [name for name in adapter.weights.keys() if name not in replaced]  # noqa: SIM118
     dtype = adapter.weights.dtype()
     rest = adapter.weights.load_names(kept, dtype, "cpu")
-    save_file(rest | tuned, aside / "network.safetensors")
+    save_file(rest | tuned, folder / "network.safetensors")
     tensors, owners = _tensors(layers)
     attentions = {
         name.replace("/", "."): part
@@ -73,7 +72,7 @@ def write_native(module: "Reconstruction", folder: Path) -> None:
     }
     for name, part in attentions.items():
         tensors |= {f"{name}.{key}": value.cpu() for key, value in part.state_dict().items()}
-    save_file(tensors, aside / "quantized.safetensors")
+    save_file(tensors, folder / "quantized.safetensors")
     manifest = {
         "format_version": FORMAT_VERSION,
         "recon": recon.__version__,
@@ -103,11 +102,9 @@ def write_native(module: "Reconstruction", folder: Path) -> None:
         "unit_errors": module.history,
         "findings": module.findings,
         "fingerprint": module.fingerprint,
-        "files": {name: _checksum(aside / name) for name in FILES},
+        "files": {name: _checksum(folder / name) for name in FILES},
     }
-    (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
+    write_json(folder / "manifest.json", manifest)
 
 
 def _tensors(layers: dict[str, QuantLinear]) -> tuple[dict[str, Tensor], dict[str, str]]:

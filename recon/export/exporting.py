@@ -1,12 +1,12 @@
 """One run into one format: refuse, write aside, load in a fresh process, compare, rename."""
 
-import json
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import recon
+from recon.atomic import write_json
 from recon.engine.resume import digest
 from recon.errors import ExportError
 from recon.export import reload
@@ -66,7 +66,7 @@ def export(root: Path, name: str, out: Path | None = None, *, force: bool = Fals
             finished.copy_parts(folder)
         report = _report(form, finished, written, seen, folder)
         (folder / "README.md").write_text(card(report, finished, written.folder == folder))
-        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+        write_json(folder / REPORT, report)
     return target
 
 

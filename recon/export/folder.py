@@ -1,12 +1,12 @@
 """A folder that is there complete or not at all."""
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from recon.atomic import whole_folder
 from recon.errors import ExportError
 
 REPORT = "export.json"
@@ -57,14 +57,10 @@ def complete_or_absent(target: Path) -> Iterator[Path]:
     Raises:
         ExportError: The disk is full or the folder cannot be written; nothing is left of it.
     """
-    aside = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        _move(aside, target)
+        with whole_folder(target) as aside:
+            yield aside
     except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
         if _is_full(error):
             raise ExportError(
                 f"The disk of {target} is full: the export was removed again. Free some space, or "
@@ -75,15 +71,6 @@ def complete_or_absent(target: Path) -> Iterator[Path]:
                 f"{target} cannot be written ({error}). Give another --out."
             ) from error
         raise
-
-
-def _move(aside: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(aside, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _is_full(error: BaseException) -> bool:

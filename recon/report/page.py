@@ -1,6 +1,5 @@
 """The page: every section of every run, rendered into one file that needs nothing else."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from recon.atomic import whole_file
 from recon.report.charts import Chart, Series, lines
 from recon.report.comparison import ROWS, inside
 from recon.report.numbers import MISSING, measure, number, setting, size
@@ -95,12 +95,10 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def write_page(runs: Sequence[Run], path: Path) -> None:
-    """Writes the page beside its target, then renames: a reader never sees half a file."""
+    """Writes the page to a file."""
     text = page(runs)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    with whole_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def _comparison(runs: Sequence[Run]) -> list[tuple[str, list[Markup]]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from recon.atomic import whole_file
 from recon.zoo.image_scenes import CLASSES, SIDE
 
 FEATURES = 32
@@ -68,15 +69,12 @@ class Classifier(nn.Module):
 
 def save(classifier: Classifier, folder: Path) -> None:
     """Write the classifier's file, in half precision, into a folder that is made if missing."""
-    folder.mkdir(parents=True, exist_ok=True)
     state = {
         name: tensor.half() if tensor.is_floating_point() else tensor
         for name, tensor in classifier.state_dict().items()
     }
-    aside = folder / f".partial.{FILE}"
-    save_file(state, aside)
-    aside.chmod(0o644)  # safetensors writes for the owner alone
-    aside.replace(folder / FILE)
+    with whole_file(folder / FILE) as aside:
+        save_file(state, aside)
 
 
 def load(folder: Path | None = None) -> Classifier:

@@ -7,14 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recon.calibration.artefact import (
-    MARKER,
-    CalibrationSet,
-    Row,
-    digest,
-    write_json,
-    write_set,
-)
+from recon.calibration.artefact import MARKER, CalibrationSet, Row, digest, write_set
 from recon.errors import CalibrationError, NumericsError
 from recon.types import Sample
 
@@ -195,11 +188,3 @@ def test_another_format_is_refused(folder: Path) -> None:
     (folder / MARKER).write_text(json.dumps({**content, "format": 99}))
     with pytest.raises(CalibrationError, match="format 99"):
         CalibrationSet.load(folder)
-
-
-def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(path, {"a": float("nan")})
-    assert json.loads(path.read_text()) == {"a": 1}

@@ -94,7 +94,7 @@ def test_the_marker_is_written_last_and_holds_every_checksum(
     content = json.loads((place / "complete.json").read_text())
     assert sorted(content["shards"]) == ["00000.safetensors", "00001.safetensors"]
     assert content["bytes"] == 2 * SIZE
-    assert not list(place.glob("*.partial"))
+    assert not list(place.glob(".partial.*"))
 
 
 @pytest.mark.parametrize("damage", ["flipped", "shortened", "removed"])

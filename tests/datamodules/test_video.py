@@ -219,7 +219,7 @@ def test_the_set_of_another_teacher_is_refused_or_rebuilt(tmp_path: Path) -> Non
 
 
 def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path) -> None:
-    for name in ("calibration.partial", "calibration.scratch"):
+    for name in (".partial.calibration", "calibration.scratch"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "prompt0000_step0001.safetensors").write_bytes(b"half")
     made(tmp_path)
