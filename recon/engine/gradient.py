@@ -9,6 +9,9 @@ from torch import Tensor
 from recon.calibration import ranks
 from recon.errors import NumericsError
 
+SMALLER = 2.0**5
+"""What `flat_gradient` divides its scale by where something overflows."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -40,12 +43,36 @@ def added(terms: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: sum((o[name] for o in others), start=value) for name, value in first.items()}
 
 
-def flat_gradient(terms: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> Step:
-    """Gradient of the sum of `terms`; frees their graph."""
+def loss_scale(dtype: torch.dtype) -> float:
+    """What a loss is multiplied by before it is differentiated through a network of `dtype`.
+
+    The derivative of a mean over millions of numbers is zero in float16, whose smallest number is
+    6e-8. A power of two changes no digit, and other types need none.
+    """
+    return 2.0**20 if dtype == torch.float16 else 1.0
+
+
+def flat_gradient(
+    terms: Mapping[str, Tensor], parameters: Sequence[Tensor], scale: float = 1.0
+) -> Step:
+    """Gradient of the sum of `terms`; frees their graph.
+
+    Args:
+        terms: Scalars.
+        parameters: What the gradient is of.
+        scale: A `loss_scale`. It is made smaller as long as something overflows; it begins anew at
+            every step, so that a resumed run does what an uninterrupted one does.
+    """
     loss = torch.stack(list(terms.values())).sum()
-    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-    flat = torch.cat([gradient.flatten() for gradient in gradients]).double()
-    return Step(flat, {name: term.detach().double() for name, term in terms.items()})
+    values = {name: term.detach().double() for name, term in terms.items()}
+    while True:
+        gradients = torch.autograd.grad(
+            loss * scale, parameters, materialize_grads=True, retain_graph=scale > 1
+        )
+        flat = torch.cat([gradient.flatten() for gradient in gradients]).double()
+        if scale == 1 or bool(flat.isfinite().all()):
+            return Step(flat.div_(scale), values)
+        scale = max(scale / SMALLER, 1.0)
 
 
 def averaged(total: Step, batch: int) -> Step:

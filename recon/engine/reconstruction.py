@@ -17,7 +17,15 @@ from recon.calibration.memory import MemoryBudget
 from recon.engine import refusals, resume, stage_data, stem_and_head, stopping, walk
 from recon.engine.data import CalibrationData
 from recon.engine.fingerprint import refuse_difference
-from recon.engine.gradient import Step, added, averaged, flat_gradient, hand_out, refuse_nan
+from recon.engine.gradient import (
+    Step,
+    added,
+    averaged,
+    flat_gradient,
+    hand_out,
+    loss_scale,
+    refuse_nan,
+)
 from recon.engine.hooks import Hooks
 from recon.engine.loader import StageLoader, StageSampler, dealt, refuse_uneven
 from recon.engine.placement import needed_bytes, stream_store
@@ -382,8 +390,9 @@ class Reconstruction(Hooks):
             self.log_dict({f"recon/{name}": value for name, value in found.items()}, batch_size=1)
             return torch.zeros((), device=self.device, requires_grad=True)
         total: Step | None = None
+        scale = loss_scale(self.adapter.compute_dtype(self.run_device))
         for samples in dealt(batch, self.micro_batch):
-            step = flat_gradient(self._terms(samples, batch_idx), self._trained)
+            step = flat_gradient(self._terms(samples, batch_idx), self._trained, scale)
             total = step if total is None else total.add(step)
         assert total is not None
         mean = averaged(total, self.batch_size)

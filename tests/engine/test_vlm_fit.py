@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import recon
 from recon.calibration.artefact import CalibrationSet, Row, write_set
@@ -13,6 +14,7 @@ from recon.engine.sampling import network
 from recon.engine.stage_data import timestep_rows
 from recon.errors import CapabilityMissing
 from recon.methods.adaround import AdaRound
+from recon.methods.q_vlm import QVLM
 from recon.methods.rtn import RoundToNearest
 from recon.models.qwen_vl import Qwen25VL
 from recon.quantizers.spec import QuantSpec
@@ -49,8 +51,19 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def method(kind: type[Reconstruction], teacher: Path) -> Reconstruction:
-    learns = {"steps": 6, "batch_size": 2} if kind is AdaRound else {}
+class Faint(QVLM):
+    """Its loss has derivatives that float16 cannot hold."""
+
+    def unit_loss(self, student: Tensor, teacher: Tensor, sample: int) -> dict[str, Tensor]:
+        error = super().unit_loss(student, teacher, sample)["block_error"]
+        return {"block_error": 2.0**-20 * error}
+
+
+Method = TypeVar("Method", bound=Reconstruction)
+
+
+def method(kind: type[Method], teacher: Path, dtype: Literal["auto", "float16"] = "auto") -> Method:
+    learns = {} if kind is RoundToNearest else {"steps": 6, "batch_size": 2}
     return kind(
         adapter=Qwen25VL(str(teacher)),
         weight=QuantSpec(num_bits=4),
@@ -67,7 +80,7 @@ def test_the_set_keeps_samples_that_hold_different_tensors(calibration: Path) ->
         assert all(torch.equal(sample[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("kind", [RoundToNearest, AdaRound])
+@pytest.mark.parametrize("kind", [RoundToNearest, AdaRound, QVLM])
 def test_a_fit_ends_and_loads_what_it_evaluates(
     kind: type[Reconstruction], teacher: Path, calibration: Path, tmp_path: Path
 ) -> None:
@@ -108,3 +121,18 @@ def test_samples_of_unequal_lengths_learn_together_as_they_do_alone(
 def test_refuses_to_treat_timesteps_apart_where_there_are_none(calibration: Path) -> None:
     with pytest.raises(CapabilityMissing, match="the calibration samples have none"):
         timestep_rows(CalibrationSet.load(calibration).samples)
+
+
+def test_a_float16_network_learns_from_a_faint_loss(
+    teacher: Path, calibration: Path, tmp_path: Path
+) -> None:
+    module = Faint(
+        adapter=Qwen25VL(str(teacher), "float16"),
+        weight=QuantSpec(num_bits=4),
+        activation=QuantSpec(num_bits=8, strategy="token", dynamic=True),
+        steps=24,
+        batch_size=2,
+    )
+    fit(tmp_path / "run", module, calibration)
+    for unit in module.history:
+        assert unit["block_error_learned"] < 0.4 * unit["block_error_joint"]
