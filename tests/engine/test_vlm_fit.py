@@ -59,10 +59,7 @@ class Faint(QVLM):
         return {"block_error": 2.0**-20 * error}
 
 
-Method = TypeVar("Method", bound=Reconstruction)
-
-
-def method(kind: type[Method], teacher: Path, dtype: Literal["auto", "float16"] = "auto") -> Method:
+def method(kind: type[Reconstruction], teacher: Path) -> Reconstruction:
     learns = {} if kind is RoundToNearest else {"steps": 6, "batch_size": 2}
     return kind(
         adapter=Qwen25VL(str(teacher)),
