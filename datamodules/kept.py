@@ -1,5 +1,6 @@
 """A calibration set that is made once and kept on disk."""
 
+import gc
 import time
 from abc import abstractmethod
 from pathlib import Path
@@ -75,15 +76,33 @@ class KeptCalibration(CalibrationData):
         """
         self.check(adapter)
         folder = root / "calibration" if self.folder is None else Path(self.folder)
-        present = folder.exists()
-        ranks.barrier()  # rank 0 must not finish a set before another has looked for it
+        # Asked together: rank 0 must not finish a set before another has looked for it.
+        present = ranks.anywhere(folder.exists(), device)
         fingerprint = self.fingerprint_of(adapter, device)
         if present:
-            try:
-                return CalibrationSet.load(folder, fingerprint)
-            except CalibrationError:
-                if self.stale == "refuse":
-                    raise
+            found = self._found(folder, fingerprint)
+            if not ranks.anywhere(isinstance(found, CalibrationError), device):
+                return cast(CalibrationSet, found)
+            if self.stale == "refuse":
+                raise (
+                    found
+                    if isinstance(found, CalibrationError)
+                    else CalibrationError(
+                        f"Another process cannot read the calibration set in {folder}; its message "
+                        "says why."
+                    )
+                )
         adapter.check()
         self.build_set(folder, adapter, fingerprint, device)
+        # A pipeline holds itself in a cycle: its weights would stay for some time.
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what is free is asked for next
         return CalibrationSet.load(folder, fingerprint)
+
+    @staticmethod
+    def _found(folder: Path, fingerprint: Fingerprint) -> CalibrationSet | CalibrationError:
+        try:
+            return CalibrationSet.load(folder, fingerprint)
+        except CalibrationError as error:
+            return error

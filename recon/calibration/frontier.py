@@ -108,6 +108,16 @@ class Frontier:
         count = len(self._samples)
         return self._samples[index] if index < count else self._held_out[index - count]
 
+    @property
+    def alike(self) -> bool:
+        """Whether all calibration samples, of every process, have the same shapes."""
+        shapes = (
+            tuple((name, tensor.shape) for name, tensor in sorted(self._samples[index].items()))
+            for index in range(len(self._samples))
+        )
+        first = next(shapes)
+        return all(other == first for other in shapes)
+
     @torch.no_grad()
     def start(self, boundary: int = 0) -> bool:
         """Fills the streams at `boundary`; False where they must be replayed from the start."""

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from recon.calibration import ranks
 from recon.errors import BudgetError, ConfigError
 
 Place = Literal["device", "ram", "disk"]
@@ -44,30 +45,41 @@ class MemoryBudget:
     device: str | int = "auto"
     """Accelerator memory for the streams; auto: a quarter of what is free, none on a CPU."""
     ram: str | int = "auto"
-    """Host memory for the streams; auto: half of what is available."""
+    """Host memory for the streams of a process; auto: half of what is available, shared evenly
+    among the processes of a machine."""
     disk: str | int = "auto"
-    """Disk space under the run folder; auto: four fifths of what is free."""
+    """Disk space under the run folder for the streams of a process; auto: four fifths of what is
+    free, shared likewise."""
 
     def __post_init__(self) -> None:
         for value in (self.device, self.ram, self.disk):
             if value != "auto":
                 parse_bytes(value)
 
-    def place(self, needed: dict[Place, int], device: torch.device, folder: Path) -> Place:
+    def place(
+        self,
+        needed: dict[Place, int],
+        device: torch.device,
+        folder: Path,
+        processes: int | None = None,
+    ) -> Place:
         """The first place in which `needed` bytes fit.
 
         Args:
-            needed: Bytes the streams take, for each place (disk keeps one generation more).
+            needed: Bytes the streams of a process take, for each place (disk keeps one generation
+                more).
             device: Where the network computes.
             folder: The run folder; its nearest existing parent is asked for free space.
+            processes: That share this machine; None: those that are running.
 
         Raises:
             BudgetError: They fit nowhere; names every budget and the field to change.
         """
+        sharing = ranks.neighbours() if processes is None else processes
         allowed: dict[Place, int] = {
             "device": self._allowed("device", self.device, device, folder),
-            "ram": self._allowed("ram", self.ram, device, folder),
-            "disk": self._allowed("disk", self.disk, device, folder),
+            "ram": self._allowed("ram", self.ram, device, folder, sharing),
+            "disk": self._allowed("disk", self.disk, device, folder, sharing),
         }
         for place, limit in allowed.items():
             if needed[place] <= limit:
@@ -78,10 +90,17 @@ class MemoryBudget:
             "memory.ram and memory.disk, or calibrate with fewer samples (data.sds.top_k)."
         )
 
-    def _allowed(self, place: Place, value: str | int, device: torch.device, folder: Path) -> int:
+    def _allowed(
+        self,
+        place: Place,
+        value: str | int,
+        device: torch.device,
+        folder: Path,
+        sharing: int = 1,
+    ) -> int:
         free = free_bytes(place, device, folder)
         if value == "auto":
-            return int(free * _AUTO_SHARE[place])
+            return int(free * _AUTO_SHARE[place] / sharing)
         return min(parse_bytes(value), free)
 
 
@@ -90,7 +109,16 @@ def free_bytes(place: Place, device: torch.device, folder: Path) -> int:
     if place == "device":
         return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     if place == "ram":
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return _available_memory()
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def _available_memory() -> int:
+    # Linux counts what it would give back, such as copies of weights that were read from disk.
+    facts = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", facts.read_text()) if facts.exists() else None
+    if found is not None:
+        return 1024 * int(found[1])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

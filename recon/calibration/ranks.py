@@ -5,6 +5,8 @@ loses no bit of the result that is rounded to float32 afterwards (up to rounding
 process and many take the same decisions.
 """
 
+import os
+
 import torch
 from torch import Tensor, distributed
 
@@ -24,11 +26,26 @@ def world() -> int:
     return distributed.get_world_size() if active() else 1
 
 
+def neighbours() -> int:
+    """Processes on this machine, as torchrun says; without it all are taken to be here."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world())) if active() else 1
+
+
 def maximum(tensor: Tensor) -> Tensor:
     """Element-wise maximum over the processes, in place."""
     if active():
         distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
     return tensor
+
+
+def anywhere(fact: bool, device: torch.device) -> bool:
+    """Whether it is so for any of the processes; all of them wait for each other.
+
+    Args:
+        fact: Of this process.
+        device: Where the processes meet.
+    """
+    return bool(maximum(torch.tensor(float(fact), device=device)).item())
 
 
 def total(tensor: Tensor) -> Tensor:

@@ -106,8 +106,10 @@ class ReconCLI(LightningCLI):
         trainer = super().instantiate_trainer(
             **kwargs, strategy=strategy, plugins=[*(given["plugins"] or []), AtomicCheckpointIO()]
         )
-        own = [UnitTracking(), TokenSalience(), RunSummary()]
-        trainer.callbacks.extend(own)  # type: ignore[attr-defined]
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        # Before samples are made, which may fail, what a fit found is on the disk.
+        sampling = next(i for i, one in enumerate(callbacks) if isinstance(one, MediaLogger))
+        callbacks[sampling:sampling] = [UnitTracking(), TokenSalience(), RunSummary()]
         return trainer
 
     def _refuse_folder(self, root: Path) -> None:

@@ -96,11 +96,15 @@ def stream_needs(
 
 
 def stream_place(
-    module: "Reconstruction", needed: dict[Place, int], device: torch.device, root: Path
+    module: "Reconstruction",
+    needed: dict[Place, int],
+    device: torch.device,
+    root: Path,
+    processes: int | None = None,
 ) -> Place | None:
     """Where the fit would put its streams; None: they fit nowhere, and it would be refused."""
     try:
-        return module.memory.place(needed, device, root)
+        return module.memory.place(needed, device, root, processes)
     except BudgetError:
         return None
 

@@ -1,6 +1,6 @@
 """One optimizer step's gradient, the same bit for bit for any number of processes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from recon.calibration import ranks
 from recon.errors import NumericsError
 
 SMALLER = 2.0**5
-"""What `flat_gradient` divides its scale by where something overflows."""
+"""What `scaled_gradient` divides its scale by where something overflows."""
 
 
 @dataclass(frozen=True)
@@ -55,24 +55,28 @@ def loss_scale(dtype: torch.dtype) -> float:
 def flat_gradient(
     terms: Mapping[str, Tensor], parameters: Sequence[Tensor], scale: float = 1.0
 ) -> Step:
-    """Gradient of the sum of `terms`; frees their graph.
-
-    Args:
-        terms: Scalars.
-        parameters: What the gradient is of.
-        scale: A `loss_scale`. It is made smaller as long as something overflows; it begins anew at
-            every step, so that a resumed run does what an uninterrupted one does.
-    """
+    """Gradient of the sum of `terms`, times `scale` on its way; frees their graph."""
     loss = torch.stack(list(terms.values())).sum()
-    values = {name: term.detach().double() for name, term in terms.items()}
-    while True:
-        gradients = torch.autograd.grad(
-            loss * scale, parameters, materialize_grads=True, retain_graph=scale > 1
-        )
-        flat = torch.cat([gradient.flatten() for gradient in gradients]).double()
-        if scale == 1 or bool(flat.isfinite().all()):
-            return Step(flat.div_(scale), values)
+    gradients = torch.autograd.grad(loss * scale, parameters, materialize_grads=True)
+    flat = torch.cat([gradient.flatten() for gradient in gradients]).double().div_(scale)
+    return Step(flat, {name: term.detach().double() for name, term in terms.items()})
+
+
+def scaled_gradient(
+    terms: Callable[[], Mapping[str, Tensor]], parameters: Sequence[Tensor], dtype: torch.dtype
+) -> Step:
+    """Gradient of the sum of `terms()`, computed through a network of `dtype`.
+
+    Where something overflows, all is computed again with a smaller scale. Each step begins with the
+    same one, so that a resumed run does what an uninterrupted one does.
+    """
+    scale = loss_scale(dtype)
+    step = flat_gradient(terms(), parameters, scale)
+    # Only where there is a scale: asking costs a device synchronisation.
+    while scale > 1 and not bool(step.gradient.isfinite().all()):
         scale = max(scale / SMALLER, 1.0)
+        step = flat_gradient(terms(), parameters, scale)
+    return step
 
 
 def averaged(total: Step, batch: int) -> Step:

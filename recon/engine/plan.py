@@ -209,7 +209,7 @@ def _memory(setting: Setting, units: list[Unit]) -> Memory:
     module, data, device = setting.module, setting.data, setting.device
     open_unit = footprint(module, units, data, device, setting.processes)
     streams = stream_needs(module, data, device, setting.processes)
-    place = stream_place(module, streams, device, setting.root)
+    place = stream_place(module, streams, device, setting.root, setting.processes)
     network, parts = sampling_bytes(module.adapter, device) if data.sampling.calls else (0, 0)
     sampling = network + parts
     held = streams[place] if place in ("device", "ram") else 0

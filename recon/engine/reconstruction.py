@@ -5,6 +5,7 @@ nowhere else. Most methods have one stage per unit; a search is a stage in which
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +24,8 @@ from recon.engine.gradient import (
     averaged,
     flat_gradient,
     hand_out,
-    loss_scale,
     refuse_nan,
+    scaled_gradient,
 )
 from recon.engine.hooks import Hooks
 from recon.engine.loader import StageLoader, StageSampler, dealt, refuse_uneven
@@ -40,9 +41,6 @@ from recon.layers.quant_linear import QuantLinear
 from recon.models.adapter import ModelAdapter
 from recon.quantizers.spec import QuantSpec
 from recon.types import Sample, State
-
-LOOK_EVERY = 10
-"""Steps between two looks at whether an accelerator's loss is finite."""
 
 DEFAULT_WEIGHT = QuantSpec(num_bits=4, strategy="channel")
 DEFAULT_ACTIVATION = QuantSpec(num_bits=6, strategy="token", dynamic=True)
@@ -75,7 +73,8 @@ class Reconstruction(Hooks):
         memory: Budgets of the carried streams.
         threads: CPU threads of each process; null leaves torch's choice. Sums are split by
             threads, so a run has the same bytes only with the same number.
-        compile: Whether the unit's forward is compiled; auto: where the work pays for it.
+        compile: Whether the unit's forward is compiled; auto: where samples are of one
+            shape and the work pays for it.
     """
 
     quantizers: nn.ModuleDict
@@ -383,16 +382,17 @@ class Reconstruction(Hooks):
         Each micro-batch is differentiated alone and the gradients are added in float64, which
         loses nothing: the step is the same bit for bit however they are dealt over processes.
         """
-        stopping.agree(self)
+        stopping.agree(self, batch_idx)
         if not self._trained:
             with torch.no_grad():
                 found = self.search_step(self.stage, batch_idx)
             self.log_dict({f"recon/{name}": value for name, value in found.items()}, batch_size=1)
             return torch.zeros((), device=self.device, requires_grad=True)
         total: Step | None = None
-        scale = loss_scale(self.adapter.compute_dtype(self.run_device))
+        dtype = self.adapter.compute_dtype(self.run_device)
         for samples in dealt(batch, self.micro_batch):
-            step = flat_gradient(self._terms(samples, batch_idx), self._trained, scale)
+            terms = partial(self._terms, samples, batch_idx)
+            step = scaled_gradient(terms, self._trained, dtype)
             total = step if total is None else total.add(step)
         assert total is not None
         mean = averaged(total, self.batch_size)
@@ -402,7 +402,7 @@ class Reconstruction(Hooks):
             mean = mean.with_terms(flat_gradient(extra, self._trained))
         loss = mean.loss
         # Asking costs a device synchronisation, so accelerators are asked only when they log.
-        if self.run_device.type == "cpu" or batch_idx % LOOK_EVERY == 0:
+        if self.run_device.type == "cpu" or batch_idx % stopping.LOOK_EVERY == 0:
             place = f"stage {self.stage.name}" if unit is None else f"unit {unit.unit.name}"
             refuse_nan(mean, place, batch_idx)
         self._gradient = mean.gradient

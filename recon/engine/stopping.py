@@ -3,12 +3,13 @@
 import signal
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from recon.calibration import ranks
 
 if TYPE_CHECKING:
     from recon.engine.reconstruction import Reconstruction
+
+LOOK_EVERY = 10
+"""Steps after which an accelerator is asked whether all is well."""
 
 
 def listen(module: "Reconstruction") -> None:
@@ -27,10 +28,12 @@ def listen(module: "Reconstruction") -> None:
     signal.signal(signal.SIGTERM, note)
 
 
-def agree(module: "Reconstruction") -> None:
-    """If any process was asked to stop, lets Lightning stop all of them when this step is done."""
-    if not ranks.active():
+def agree(module: "Reconstruction", step: int) -> None:
+    """If any process was asked to stop, lets Lightning stop all of them when this step is done.
+
+    Accelerators are asked only now and then: the answer keeps the host waiting for them.
+    """
+    if not ranks.active() or (module.run_device.type != "cpu" and step % LOOK_EVERY):
         return
-    asked = torch.tensor(float(module.stop_asked), device=module.run_device)
-    if ranks.maximum(asked).item():
+    if ranks.anywhere(module.stop_asked, module.run_device):
         module.trainer._signal_connector.received_sigterm = True

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 def start_streams(module: "Reconstruction") -> None:
     """Brings the streams in front of unit `index`; closed units are replayed if they must be."""
+    # Those of a checkpoint come from the host, and Lightning moves the module only later.
+    module.quantizers.to(module.run_device)
     if module.ends is not None:
         module.ends.settle_stem()
     if module.frontier.start(module.index):
@@ -126,8 +128,8 @@ def factor(schedule: Callable[[float], float], steps: int) -> Callable[[int], fl
 
 def compiles(module: "Reconstruction") -> bool:
     """Whether the unit's forward will be compiled."""
-    # Without units yet there are several lengths: each would be compiled anew.
-    if module.compile_choice != "auto" or not module.units:
+    # Each length would be compiled anew; without units yet there are several.
+    if module.compile_choice != "auto" or not module.units or not module.frontier.alike:
         return module.compile_choice is True
     state = module.adapter.embed(module.frontier.sample(0), module.run_device)
     return compiling_pays(module, state, module.run_device)

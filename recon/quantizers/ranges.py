@@ -106,7 +106,7 @@ def static_range_errors(
         grid: Number of ratios, evenly spaced from 1 down to 0.2, at least 2.
 
     Returns:
-        Ratios and errors, float64 [grid] each.
+        Ratios, on the CPU, and errors, where the tokens are, float64 [grid] each.
 
     Source: as `mse_clip_ratio`, on activations.
     """
@@ -118,7 +118,7 @@ def static_range_errors(
         )
         difference = fake_quantize_static(tokens, step, zero_point, spec) - tokens
         errors.append(difference.double().square().sum())
-    return ratios, torch.stack(errors).cpu()
+    return ratios, torch.stack(errors)
 
 
 def _square_error(weight: Tensor, absmax: Tensor, spec: QuantSpec) -> Tensor:

@@ -81,7 +81,9 @@ def apply_kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
             f"input is {width} wide. Build the transform with the width of this layer's input."
         )
     blocks = x.reshape(-1, rows, columns)
-    blocks = left.to(x.dtype).t() @ (blocks @ right.to(x.dtype))
+    # Mixed precision is for the network: input and weight are each other's inverse only exactly.
+    with torch.autocast(x.device.type, enabled=False):
+        blocks = left.to(x.dtype).t() @ (blocks @ right.to(x.dtype))
     return blocks.reshape(x.shape)
 
 

@@ -237,3 +237,12 @@ def test_the_state_carries_conditioning_of_its_own_sample(adapter: CogVideoX) ->
     states: list[State] = [front.state("teacher", index) for index in (0, 1)]
     assert not torch.equal(states[0]["temb"], states[1]["temb"])
     assert torch.equal(states[0]["temb"], adapter.embed(early, CPU)["temb"])
+
+
+def test_samples_are_alike_if_their_shapes_are(adapter: CogVideoX) -> None:
+    streams = frontier(adapter)
+    assert streams.alike
+    config = adapter.empty_network().config
+    one, other = tiny_sample(config, seed=0), tiny_sample(config, seed=1)
+    other["encoder_hidden_states"] = other["encoder_hidden_states"][:, 1:]
+    assert not Frontier(adapter, [one, other], [one], MemoryStreams(CPU), CPU).alike

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from recon.calibration import streams
-from recon.calibration.memory import MemoryBudget, parse_bytes
+from recon.calibration.memory import MemoryBudget, free_bytes, parse_bytes
 from recon.calibration.streams import DiskStreams, MemoryStreams, StreamStore
 from recon.errors import BudgetError, ConfigError
 from recon.types import State
@@ -209,3 +211,20 @@ def test_streams_that_fit_nowhere_name_every_field(tmp_path: Path) -> None:
         BudgetError, match=r"memory\.ram allows 10 of 4,000.*disk allows 100 of 6,0"
     ):
         budget.place({"device": 4000, "ram": 4000, "disk": 6000}, CPU, tmp_path)
+
+
+def test_processes_of_a_machine_share_what_is_free(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("recon.calibration.memory.free_bytes", lambda *unused: 1000)
+    needed = {"device": 400, "ram": 400, "disk": 600}
+    budget = MemoryBudget(device=0)
+    assert budget.place(needed, CPU, tmp_path, 1) == "ram"  # type: ignore[arg-type]
+    with pytest.raises(BudgetError, match=r"memory\.ram allows 250 .*memory\.disk allows 400 "):
+        budget.place(needed, CPU, tmp_path, 2)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Others do not say.")
+def test_what_linux_would_give_back_counts_as_free(tmp_path: Path) -> None:
+    (kilobytes,) = re.findall(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+    assert free_bytes("ram", CPU, tmp_path) == pytest.approx(1024 * int(kilobytes), rel=0.2)

@@ -10,7 +10,11 @@ import pytest
 import yaml
 
 from recon import __version__
+from recon.callbacks.progress import UnitProgress
+from recon.callbacks.samples import MediaLogger
+from recon.callbacks.summary import RunSummary
 from recon.cli.arguments import run_name, with_run_folder
+from recon.cli.lightning import prepared
 from recon.cli.main import COMMANDS
 from tests.cli.command import CONFIGS, codes, fit_arguments, result, with_calibration
 
@@ -133,3 +137,12 @@ def test_what_is_no_command_is_refused_with_those_there_are(word: str, recon: Ca
     assert status == 2
     assert printed.startswith(f"recon: {word} is no command. There are fit, validate, test")
     assert len(printed.splitlines()) == 1
+
+
+def test_results_are_written_before_anything_is_sampled_from_them(tmp_path: Path) -> None:
+    root = str(tmp_path / "run")
+    line = prepared(
+        ["fit", "--config", str(CONFIGS / "s2q_vdit.yaml"), "--trainer.default_root_dir", root]
+    )
+    kinds = [type(callback) for callback in line.trainer.callbacks]  # type: ignore[attr-defined]
+    assert kinds.index(UnitProgress) < kinds.index(RunSummary) < kinds.index(MediaLogger)

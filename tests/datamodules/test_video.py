@@ -487,3 +487,15 @@ def test_a_fault_on_one_rank_ends_both_with_its_message(tmp_path: Path) -> None:
     outcomes = _on_two_ranks(tmp_path, fault=True)
     assert all("step 3, holds NaN" in outcome["error"] for outcome in outcomes)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_another_process_cannot_read_is_refused_or_rebuilt_here_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(tmp_path)
+    monkeypatch.setattr("recon.datamodules.kept.ranks.anywhere", lambda fact, device: True)
+    with pytest.raises(CalibrationError, match="Another process cannot read the calibration set"):
+        made(tmp_path)
+    fake = FakeAdapter()
+    made(tmp_path, fake, stale="rebuild")
+    assert len(fake.sampled) == 6

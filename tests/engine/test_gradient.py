@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recon.engine.gradient import flat_gradient, loss_scale
+from recon.engine.gradient import flat_gradient, loss_scale, scaled_gradient
 from recon.losses.reconstruction import error_and_power, token_weighted_error
 
 TOKENS, CHANNELS = 640, 512
@@ -37,12 +37,14 @@ class Learner(nn.Module):
         return {"error": 1e6 * token_weighted_error(self(), self.target, None)}
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("loss", ["relative", "mean", "summed"])
-def test_float16_learns_what_float32_does(loss: str) -> None:
+def test_float16_learns_what_float32_does(loss: str, compiled: bool) -> None:
     exact, half = Learner(torch.float32), Learner(torch.float16)
+    if compiled:
+        half.compile(dynamic=False)
     expected = flat_gradient(getattr(exact, loss)(), [exact.factor]).gradient
-    scale = loss_scale(torch.float16)
-    found = flat_gradient(getattr(half, loss)(), [half.factor], scale).gradient
+    found = scaled_gradient(getattr(half, loss), [half.factor], torch.float16).gradient
     assert (found - expected).norm() < 0.02 * expected.norm()
 
 
@@ -53,8 +55,9 @@ def test_unscaled_it_would_learn_nothing() -> None:
 
 def test_what_overflows_unscaled_as_well_is_not_finite() -> None:
     half = Learner(torch.float16)
-    terms = {"error": 1e12 * half.mean()["error"]}
-    step = flat_gradient(terms, [half.factor], loss_scale(torch.float16))
+    step = scaled_gradient(
+        lambda: {"error": 1e12 * half.mean()["error"]}, [half.factor], torch.float16
+    )
     assert not step.gradient.isfinite().all()
 
 

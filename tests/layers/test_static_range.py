@@ -97,3 +97,8 @@ def test_the_range_search_finds_the_least_error_and_its_parts_add_up() -> None:
 def test_ranges_of_tokens_have_no_zero_point() -> None:
     with pytest.raises(ConfigError, match="strategy token has no zero-point"):
         QuantSpec(strategy="token", dynamic=True, symmetric=False)
+
+
+def test_errors_stay_where_the_tokens_are() -> None:
+    ratios, errors = static_range_errors(torch.empty(3, 4, device="meta"), -1.0, 1.0, ASYMMETRIC)
+    assert (ratios.device.type, errors.device.type) == ("cpu", "meta")

@@ -252,3 +252,17 @@ def test_factors_of_all_are_those_of_each() -> None:
     ):
         for one, other in zip(together, alone, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_mixed_precision_leaves_rotations_exact() -> None:
+    transform = KroneckerTransform(24, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in transform.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    left, right, left_inverse, right_inverse = transform.all_factors()
+    inputs, weight = torch.randn(5, 24), torch.randn(7, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        rotated = apply_kronecker(inputs, left, right)
+        turned_back = apply_kronecker(weight, left_inverse, right_inverse)
+    assert rotated.dtype == torch.float32
+    torch.testing.assert_close(rotated @ turned_back.T, inputs @ weight.T, rtol=1e-4, atol=1e-4)
