@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from recon.calibration import ranks
+from recon.engine.own_encoders import outputs_behind_own_encoders
 from recon.layers.quant_linear import QuantLinear
 
 if TYPE_CHECKING:
@@ -23,11 +24,12 @@ def network_error(module: "Reconstruction") -> dict[str, float]:
         over samples, with the same bits and the same layers quantised.
     """
     frontier = module.frontier
+    final = frontier.final if module.vision is None else outputs_behind_own_encoders(module)
     sums = torch.zeros(3, dtype=torch.float64)
     for index in frontier.held_out:
-        teacher = frontier.final("teacher", index).double()
-        student = frontier.final("student", index).double()
-        nearest = frontier.final("nearest", index).double()
+        teacher = final("teacher", index).double()
+        student = final("student", index).double()
+        nearest = final("nearest", index).double()
         sums += torch.stack(
             [
                 (nearest - teacher).square().sum(),

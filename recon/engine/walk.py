@@ -37,7 +37,7 @@ def start_streams(module: "Reconstruction") -> None:
         module.frontier.record(blocks)
         students = assembled(unit, blocks, module.layers_of(unit))
         _attend(module, unit, students, module.attentions_of(unit))
-        module.frontier.advance(students, _nearest(module, unit, blocks))
+        module.frontier.advance(students, nearest_blocks(module, unit, blocks))
 
 
 def follow(module: "Reconstruction", boundary: int) -> None:
@@ -91,7 +91,7 @@ def close_unit(module: "Reconstruction", opened: OpenUnit) -> dict[str, float]:
     for products in opened.attentions.values():
         products.fold()
     module.quantizers.to(module.run_device)
-    nearest = _nearest(module, opened.unit, opened.teacher_blocks)
+    nearest = nearest_blocks(module, opened.unit, opened.teacher_blocks)
     layers = _layer_errors(opened, nearest)
     errors = module.frontier.advance(opened.student_blocks, nearest, layers.observed)
     module.layer_errors |= layers.reduced(module.run_device)
@@ -156,7 +156,10 @@ def blocks_of(module: "Reconstruction", unit: Unit) -> list[nn.Module]:
     return [module.adapter.block(name, module.run_device) for name in unit.blocks]
 
 
-def _nearest(module: "Reconstruction", unit: Unit, blocks: list[nn.Module]) -> list[nn.Module]:
+def nearest_blocks(
+    module: "Reconstruction", unit: Unit, blocks: list[nn.Module]
+) -> list[nn.Module]:
+    """The blocks of a unit, rounded to nearest."""
     groups = layer_groups(module.adapter, unit, blocks, skip_roles=module.skip_roles)
     activation = {group.name: module.activation_spec(group.role) for group in groups}
     students = assembled(unit, blocks, nearest_layers(groups, module.weight, activation))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import recon
 from recon.engine import vision
 from recon.engine.checkpoints import written
-from recon.engine.sampling import network
+from recon.engine.sampling import Form, network
 from recon.engine.unit import StageState
 from recon.errors import CapabilityMissing, ConfigError
 from recon.layers.quant_linear import QuantLinear
@@ -30,7 +30,7 @@ from recon.models.llava import Llava
 from recon.quantizers.spec import QuantSpec
 from tests.engine.test_resume import Stop
 from tests.engine.tiny_run import Interruption, Soft, assert_same
-from tests.methods.visual_encoder_run import TUNED, asked, fit, method, result_bytes
+from tests.methods.visual_encoder_run import TUNED, Asked, asked, fit, method, result_bytes
 from tests.models.tiny_vlm import write_tiny_vlm
 
 CPU = torch.device("cpu")
@@ -283,6 +283,32 @@ def test_the_result_loads_as_it_was_evaluated_and_streams_start_behind_it(
     assert torch.equal(state["hidden_states"], expected["hidden_states"])
     teachers = module.adapter.embed(asked(2, 9), "cpu")["hidden_states"]
     assert not torch.equal(state["hidden_states"], teachers)
+
+
+@pytest.mark.parametrize("changed", [{}, {"quantize_vision": False, "activation": None}])
+def test_the_error_is_of_whole_networks_each_behind_its_own_encoder(
+    teacher: Path, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    tuned = replace(TUNED, params=("norms",))
+    module = method(teacher, veo=tuned, **changed)
+    fit(tmp_path, module)
+    forms: tuple[Form, ...] = ("full_precision", "round_to_nearest", "quantized")
+    networks = {form: network(module, form, torch.device("cpu")) for form in forms}
+    error, power = dict.fromkeys(forms, 0.0), 0.0
+    for sample in Asked().held_out:
+        given = module.adapter.call_arguments(sample, "cpu")
+        with torch.no_grad():
+            logits = {form: whole(**given).logits.double() for form, whole in networks.items()}
+        expected = logits["full_precision"]
+        power += float(expected.square().sum())
+        for form, found in logits.items():
+            error[form] += float((found - expected).square().sum())
+    assert module.final_error["round_to_nearest"] == pytest.approx(
+        error["round_to_nearest"] / power, rel=1e-4
+    )
+    assert module.final_error["reconstructed"] == pytest.approx(
+        error["quantized"] / power, rel=1e-4
+    )
 
 
 def test_tuned_norms_are_the_only_plain_tensors_that_change(
