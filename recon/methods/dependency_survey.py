@@ -35,7 +35,7 @@ STAGE = "dependency"
 def stages(method: "QVLM") -> list[Stage]:
     """One step per pair of neighbours, unless nothing asks for their dependency."""
     pairs = len(method.adapter.block_names) - 1
-    wanted = method.partition_by in ("entropy", "dp") or method.audited > 0
+    wanted = method.partition_by in ("entropy", "dp") or _audited(method)
     return [Stage(STAGE, pairs)] if wanted and pairs else []
 
 
@@ -120,6 +120,8 @@ class DependencySurvey(OpenStage):
 
 def _audited(method: "QVLM") -> list[int]:
     pairs = len(method.adapter.block_names) - 1
+    if not method.has_choice:
+        return []  # a search saves nothing there
     if method.proxy == "ded":
         return list(range(pairs))
     count = min(method.audited, pairs)

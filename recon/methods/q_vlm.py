@@ -249,6 +249,11 @@ class QVLM(StagedReconstruction):
         return self.shrinks if self.grid == "shrink" else self.percentiles
 
     @property
+    def has_choice(self) -> bool:
+        """Whether a search has anything to choose between."""
+        return self.activation is not None and len(self.shares) > 1
+
+    @property
     def candidates(self) -> dict[str, int]:
         """What searches have chosen so far, by activation site."""
         found: dict[str, int] = self.findings.get("candidates", {})

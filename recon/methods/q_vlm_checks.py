@@ -56,6 +56,12 @@ def check_settings(method: "QVLM") -> None:
             "model.grid is percentile, but ranges of tokens are taken at run time and have no "
             "percentiles. Set model.grid: shrink, or model.activation.strategy: channel."
         )
+    if method.proxy == "ded" and not method.has_choice:
+        raise ConfigError(
+            "model.proxy is ded, what a joint search saves, but there is nothing to search: "
+            f"model.activation is {spec}, candidates are {method.shares}. Set model.proxy: "
+            "entropy, or quantise activations and give more candidates."
+        )
     if method.image_weight != 1:
         setting = f"model.image_weight is {method.image_weight}"
         vision.sees_pictures(method.adapter, setting, "set it to 1")

@@ -116,6 +116,14 @@ def test_the_controls_cut_as_they_say(
     assert ("dependency" in module.findings) == ("audited" not in changed)
 
 
+def test_where_there_is_nothing_to_search_no_search_is_audited(
+    pictures: Path, tmp_path: Path
+) -> None:
+    module = method(pictures, rounding="none", activation=None)
+    fit(tmp_path, module)
+    assert set(module.findings["dependency"]) == {"entropy", "entropy_image", "entropy_text"}
+
+
 @pytest.mark.slow
 def test_every_proxy_cuts_by_its_own_values(pictures: Path, tmp_path: Path) -> None:
     for proxy in ("quant_error", "ded"):
@@ -429,6 +437,8 @@ def test_gptq_is_taken_where_it_lowers_the_block_objective(pictures: Path, tmp_p
         ({"shrinks": ()}, r"shrinks must be shares in \(0\.0, 1\], at least one, got \(\)"),
         ({"percentiles": (0.4,)}, r"percentiles must be shares in \(0\.5, 1\]"),
         ({"grid": "percentile"}, "ranges of tokens are taken at run time"),
+        ({"proxy": "ded", "activation": None}, "there is nothing to search"),
+        ({"proxy": "ded", "shrinks": (1.0,)}, r"candidates are \(1\.0,\)"),
         ({"weight": QuantSpec(strategy="channel", symmetric=False)}, "finds no zero-points"),
     ],
 )
