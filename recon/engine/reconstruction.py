@@ -140,6 +140,8 @@ class Reconstruction(Hooks):
         """Whether this process, one of several, got SIGTERM."""
         self.pipelines: dict[str, Any] = {}
         """Pipelines around the forms of the network that were sampled, by form."""
+        self.forms_apart: bool | None = None
+        """Whether only the form in use stands on the device; None: none was sampled yet."""
         self._trained: list[Tensor] = []
         self._gradient: Tensor | None = None
         self._rows: list[int] = []

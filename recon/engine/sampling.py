@@ -1,6 +1,6 @@
 """What the teacher and its quantised forms make of the same batch: videos, images or answers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +12,7 @@ from recon.engine import attention
 from recon.engine.assembly import layer_groups, linear, nearest_layers, placed_in
 from recon.engine.baselines import Baselines
 from recon.engine.data import CalibrationData
+from recon.engine.forms import carry, crowded
 from recon.engine.stem_and_head import copies, nearest_ends
 from recon.engine.unit import LayerGroup, Unit
 from recon.engine.vision import full_groups
@@ -57,35 +58,50 @@ def _baselines(
 
 
 def pipeline(module: "Reconstruction", form: Form, device: torch.device) -> Any:
-    """The family's pipeline around one form of the network; made once, kept by the module."""
+    """The family's pipeline around one form of the network; made once, kept by the module.
+
+    Where the forms would crowd an accelerator, the network of every other form waits in host memory
+    from then on, until it is asked for: use one before the next is asked for, the quantised last,
+    whose layers are the module's own.
+    """
+    if module.forms_apart is None:
+        module.forms_apart = crowded(module.adapter, device)
+    if module.forms_apart:
+        for other in module.pipelines.keys() - {form}:
+            carry(module.pipelines[other].network, "cpu")
     if form not in module.pipelines:
         whole = network(module, form, device)
         module.pipelines[form] = module.adapter.pipeline(device, whole)
+    elif module.forms_apart:
+        carry(module.pipelines[form].network, device)
     return module.pipelines[form]
 
 
 def network(module: "Reconstruction", form: Form, device: torch.device) -> nn.Module:
     """The whole network of the public class, in one of its forms, on `device`."""
     whole = module.adapter.network(device)
-    dtype = module.adapter.compute_dtype(device)
-    if form == "quantized":
-        layers = {
-            name.replace("/", "."): layer
-            for name, layer in module.quantizers.items()
-            if isinstance(layer, QuantLinear) and layer.closed
-        }
-        if module.vision is not None:
-            _, unknown = whole.load_state_dict(module.tuned_tensors(), strict=False)
-            assert not unknown, unknown
-    elif form == "round_to_nearest":
-        layers = _nearest(module, whole)
-    else:
+    if form == "full_precision":
         return whole
+    if form == "quantized" and module.vision is not None:
+        _, unknown = whole.load_state_dict(module.tuned_tensors(), strict=False)
+        assert not unknown, unknown
     attention.put_in(module.adapter, whole, _products(module, form))
-    for layer in layers.values():
-        layer.to(device)
-        layer.keep_resident(dtype)
-    return placed_in(whole, layers, copies(module)).eval()
+    dtype = module.adapter.compute_dtype(device)
+    # Part by part: what is replaced makes room for what the next part keeps.
+    for layers in _nearest(module, whole) if form == "round_to_nearest" else _closed(module):
+        for layer in layers.values():
+            layer.to(device)
+            layer.keep_resident(dtype)
+            layer.teacher_weight = None
+        placed_in(whole, layers, copies(module))
+    return whole.eval()
+
+
+def _closed(module: "Reconstruction") -> Iterator[Mapping[str, QuantLinear]]:
+    """The closed layers, one by one."""
+    for name, layer in module.quantizers.items():
+        if isinstance(layer, QuantLinear) and layer.closed:
+            yield {name.replace("/", "."): layer}
 
 
 def _products(module: "Reconstruction", form: Form) -> dict[str, QuantAttention]:
@@ -96,19 +112,17 @@ def _products(module: "Reconstruction", form: Form) -> dict[str, QuantAttention]
     return {name: part.to(module.run_device) for name, part in found.items()}
 
 
-def _nearest(module: "Reconstruction", whole: nn.Module) -> dict[str, QuantLinear]:
-    layers: dict[str, QuantLinear] = {}
+def _nearest(module: "Reconstruction", whole: nn.Module) -> Iterator[Mapping[str, QuantLinear]]:
+    """Round-to-nearest layers, block by block and then what else is quantised."""
     for name in module.adapter.block_names:
         unit, blocks = Unit(name, (name,)), [whole.get_submodule(name)]
         groups = layer_groups(module.adapter, unit, blocks, skip_roles=module.skip_roles)
         activation = {group.name: module.activation_spec(group.role) for group in groups}
-        layers |= nearest_layers(groups, module.weight, activation)
-    layers |= nearest_ends(module, whole)
+        yield nearest_layers(groups, module.weight, activation)
+    yield nearest_ends(module, whole)
     if module.quantize_vision and isinstance(module.adapter, SeesPictures):
-        groups = [
-            LayerGroup(names[0], "vision", {name: linear(whole, name) for name in names})
-            for names in full_groups(module.adapter)
-        ]
-        activation = {group.name: module.vision_activation for group in groups}
-        layers |= nearest_layers(groups, module.weight, activation)
-    return layers
+        for names in full_groups(module.adapter):
+            linears = {name: linear(whole, name) for name in names}
+            group = LayerGroup(names[0], "vision", linears)
+            activation = {group.name: module.vision_activation}
+            yield nearest_layers([group], module.weight, activation)

@@ -39,18 +39,24 @@ def squared_errors(module: "Reconstruction", prompt: str, seed: int) -> list[dic
         calls.append({name: tensor.clone() for name, tensor in sample.items()})
 
     teacher.trajectory(prompt, seed, data.steps, data.guidance, keep)
-    networks = {form: pipeline(module, form, device).network for form in FORMS}
-    found = []
-    for sample in calls:
-        call = module.adapter.call_arguments(sample, device)
-        wanted = _output(teacher.network, call)
-        errors: dict[str, float] = {
-            form: float((_output(network, call) - wanted).square().sum())
-            for form, network in networks.items()
+    given = [module.adapter.call_arguments(sample, device) for sample in calls]
+    wanted = [_output(teacher.network, call) for call in given]
+    errors: dict[Form, list[float]] = {}
+    # Form by form: only the one asked for last is sure to stand on the device.
+    for form in FORMS:
+        network = pipeline(module, form, device).network
+        errors[form] = [
+            _squared(_output(network, call).double() - reference)
+            for call, reference in zip(given, wanted, strict=True)
+        ]
+    return [
+        {
+            "timestep": float(sample["timestep"].flatten()[0]),
+            "power": _squared(reference.double()),
+            **{form: errors[form][step] for form in FORMS},
         }
-        timestep = float(sample["timestep"].flatten()[0])
-        found.append({"timestep": timestep, "power": float(wanted.square().sum()), **errors})
-    return found
+        for step, (sample, reference) in enumerate(zip(calls, wanted, strict=True))
+    ]
 
 
 def relative_errors(found: Sequence[Sequence[dict[str, float]]]) -> list[dict[str, float]]:
@@ -70,4 +76,8 @@ def relative_errors(found: Sequence[Sequence[dict[str, float]]]) -> list[dict[st
 def _output(network: torch.nn.Module, call: dict[str, Any]) -> Tensor:
     (output,) = network(**call, return_dict=False)
     assert isinstance(output, Tensor)
-    return output.double()
+    return output
+
+
+def _squared(tensor: Tensor) -> float:
+    return float(tensor.square().sum())

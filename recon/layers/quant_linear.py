@@ -189,3 +189,9 @@ class QuantLinear(nn.Module):
         """Keeps the de-quantised weight, for many calls in a row at the cost of its memory."""
         self.resident_weight = None
         self.resident_weight = self.quantized_weight().to(dtype)
+
+    def carry_kept(self, device: torch.device | str) -> None:
+        """Moves what is no buffer, and so stays where it is under `to`."""
+        for name in ("teacher_weight", "bias", "resident_weight"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor.to(device))

@@ -1,5 +1,6 @@
 """CogVideoX text-to-video: 2B (position table), 5B (rotary), 1.5 (patches over frames)."""
 
+import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property, partial
 from math import prod
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from recon.errors import CapabilityMissing
-from recon.models.adapter import Device, InputGroup, ModelAdapter
+from recon.models.adapter import Device, FloatingType, InputGroup, ModelAdapter
 from recon.models.folder import numbered_blocks
 from recon.models.video_pipeline import VideoPipeline
+from recon.models.video_size import VideoSize, spatial_factor, video_size
 from recon.models.weights import placed
 from recon.types import Sample, State
 
@@ -45,6 +47,16 @@ class CogVideoX(ModelAdapter):
     channels], which follow from the latent shape.
 
     Embedders and head are loaded once per device (small); blocks when asked for.
+
+    What is sampled in calibration and evaluation, and what plans count, has one size. It is part of
+    the identity where an argument sets it.
+
+    Args:
+        folder: As for every adapter.
+        dtype: As for every adapter.
+        frames: Of a video; None: sample_frames of config.json.
+        height: Of a frame, in pixels; None: what sample_height of config.json comes to.
+        width: As height.
     """
 
     network_class = "CogVideoXTransformer3DModel"
@@ -53,6 +65,18 @@ class CogVideoX(ModelAdapter):
     example = "zai-org/CogVideoX-2b"
     streamed = ("hidden_states", "encoder_hidden_states")
     shared = ("rotary_cos", "rotary_sin")
+
+    def __init__(
+        self,
+        folder: str,
+        dtype: FloatingType = "auto",
+        *,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> None:
+        super().__init__(folder, dtype)
+        self.frames, self.height, self.width = frames, height, width
 
     @cached_property
     def _shells(self) -> dict[str, nn.Module]:
@@ -68,6 +92,48 @@ class CogVideoX(ModelAdapter):
     def _rotary_tables(self) -> dict[tuple[tuple[int, ...], str], tuple[Tensor, Tensor]]:
         """Rotary cosines and sines, by (frames, height, width) of the latents and device."""
         return {}
+
+    # What the folder holds, and what is sampled from it
+
+    @property
+    def _given(self) -> dict[str, int]:
+        """The numbers of the size that arguments set."""
+        numbers = {"frames": self.frames, "height": self.height, "width": self.width}
+        return {name: number for name, number in numbers.items() if number is not None}
+
+    def arguments(self) -> dict[str, Any]:
+        """As for every adapter, without numbers of the size that are not set."""
+        unset = {"frames", "height", "width"} - self._given.keys()
+        return {name: v for name, v in super().arguments().items() if name not in unset}
+
+    def identity(self) -> dict[str, str]:
+        """As for every adapter, and the numbers of the size that arguments set, if any."""
+        size = {"size": json.dumps(self._given, sort_keys=True)} if self._given else {}
+        return {**super().identity(), **size}
+
+    def check_description(self) -> None:
+        """As for every adapter; and the size must be one that can be sampled.
+
+        Raises:
+            ConfigError: As for every adapter, and as `size`.
+        """
+        super().check_description()
+        _ = self.size
+
+    @cached_property
+    def size(self) -> VideoSize:
+        """What is sampled: the arguments, or else what config.json says.
+
+        Raises:
+            ConfigError: VAE, patches or positions of the network do not allow an argument, or
+                config.json holds no size to sample and none is given.
+        """
+        return video_size(self._settings, self._pixels, self._given)
+
+    @cached_property
+    def _pixels(self) -> int:
+        """Pixels of a frame in one of the latents, to each side."""
+        return spatial_factor(self.folder, type(self).__name__)
 
     @property
     def block_names(self) -> tuple[str, ...]:
@@ -117,29 +183,28 @@ class CogVideoX(ModelAdapter):
         return network.requires_grad_(False).eval()
 
     def example_sample(self, rows: int, device: Device, dtype: torch.dtype) -> Sample:
-        """Latents and text at the frames and size of config.json."""
+        """Latents and text of `size`."""
         config = self._settings
+        frames, height, width = self._latent_size
         drawn = partial(torch.randn, device=device, dtype=dtype)
-        latents = (rows, self._latent_frames, config.in_channels)
         text = (rows, config.max_text_seq_length, config.text_embed_dim)
         return {
-            "hidden_states": drawn(*latents, config.sample_height, config.sample_width),
+            "hidden_states": drawn(rows, frames, config.in_channels, height, width),
             "encoder_hidden_states": drawn(text),
             "timestep": torch.full((rows,), 500, device=device),
         }
 
     def example_state(self, rows: int, device: Device, dtype: torch.dtype) -> State:
-        """Both streams at the frames and size of config.json, and what conditions them."""
+        """Both streams of `size`, and what conditions them."""
         config = self._settings
-        video = self._latent_frames // (config.patch_size_t or 1)
-        video *= (config.sample_height // config.patch_size) * (
-            config.sample_width // config.patch_size
-        )
-        width = config.num_attention_heads * config.attention_head_dim
+        frames, height, width = self._latent_size
+        video = frames // (config.patch_size_t or 1)
+        video *= (height // config.patch_size) * (width // config.patch_size)
+        channels = config.num_attention_heads * config.attention_head_dim
         drawn = partial(torch.randn, device=device, dtype=dtype)
         state = {
-            "hidden_states": drawn(rows, video, width),
-            "encoder_hidden_states": drawn(rows, config.max_text_seq_length, width),
+            "hidden_states": drawn(rows, video, channels),
+            "encoder_hidden_states": drawn(rows, config.max_text_seq_length, channels),
             "temb": drawn(rows, config.time_embed_dim),
         }
         if config.use_rotary_positional_embeddings:
@@ -148,11 +213,13 @@ class CogVideoX(ModelAdapter):
         return state
 
     @property
-    def _latent_frames(self) -> int:
-        config = self._settings
-        frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
+    def _latent_size(self) -> tuple[int, int, int]:
+        """Frames, height and width of the latents of `size`."""
+        config, size = self._settings, self.size
+        frames = (size.frames - 1) // config.temporal_compression_ratio + 1
         # The pipeline pads frames up to whole patches.
-        return int(frames + -frames % (config.patch_size_t or 1))
+        frames += -frames % (config.patch_size_t or 1)
+        return frames, size.height // self._pixels, size.width // self._pixels
 
     @property
     def _settings(self) -> Any:
@@ -236,7 +303,7 @@ class CogVideoX(ModelAdapter):
         return given
 
     def pipeline(self, device: Device, network: nn.Module | None = None) -> VideoPipeline:
-        """The stock pipeline around a network.
+        """The stock pipeline around a network, for videos of `size`.
 
         Pipelines that are in use at the same time share text encoder, tokenizer and VAE.
 
@@ -244,6 +311,10 @@ class CogVideoX(ModelAdapter):
             device: Where to sample.
             network: A CogVideoXTransformer3DModel, quantised or not; the full-precision one if
                 None.
+
+        Raises:
+            ConfigError: As `size`, and as VideoPipeline.
+            WeightsError: As VideoPipeline.
         """
         key = str(torch.device(device))
         made = VideoPipeline(
@@ -251,6 +322,7 @@ class CogVideoX(ModelAdapter):
             self.network(device) if network is None else network,
             dtype=self.compute_dtype(device),
             device=device,
+            size=self.size,
             beside=self._pipelines.get(key),
         )
         self._pipelines[key] = made

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recon.errors import ConfigError
+from recon.models.video_size import VideoSize
 from recon.models.weights import WeightStore, own_memory
 from recon.types import Sample
 
@@ -21,14 +22,14 @@ class VideoPipeline:
     """A diffusers video pipeline whose every random number is fixed by one seed per prompt.
 
     Noise is drawn on the CPU, one generator per prompt, so that a video depends neither on the
-    device nor on what else is sampled with it. Frames, height and width are those of the
-    network's config.
+    device nor on what else is sampled with it.
 
     Args:
         folder: Pipeline folder; scheduler, tokenizer, text encoder and VAE are read from it.
         network: The network that denoises, on its device.
         dtype: Floating type of text encoder and VAE, and of the latents.
         device: Where to sample.
+        size: What to sample.
         beside: A pipeline of the same folder, type and device whose text encoder, tokenizer and
             VAE are used instead of further copies: a text encoder may be larger than the network.
 
@@ -44,12 +45,13 @@ class VideoPipeline:
         *,
         dtype: torch.dtype,
         device: torch.device | str,
+        size: VideoSize,
         beside: "VideoPipeline | None" = None,
     ) -> None:
         from diffusers import CogVideoXPipeline
 
         self.folder = Path(folder)
-        self.network = network
+        self.network, self.size = network, size
         self.device = torch.device(device)
         with _no_progress_bars():
             scheduler = self._scheduler()
@@ -162,7 +164,9 @@ class VideoPipeline:
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]]
             videos = self.pipe(
                 prompts[rows],
-                num_frames=self.pipe.transformer.config.sample_frames,
+                num_frames=self.size.frames,
+                height=self.size.height,
+                width=self.size.width,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 generator=generators,

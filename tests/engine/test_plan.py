@@ -59,6 +59,21 @@ GEOMETRIES: dict[str, tuple[type[ModelAdapter], dict[str, Any]]] = {
             "use_rotary_positional_embeddings": True,
         },
     ),
+    "cogvideox_1_5_5b": (
+        CogVideoX,
+        {
+            "_class_name": "CogVideoXTransformer3DModel",
+            "num_attention_heads": 48,
+            "num_layers": 42,
+            "use_rotary_positional_embeddings": True,
+            "patch_size_t": 2,
+            "patch_bias": False,
+            "max_text_seq_length": 224,
+            "sample_height": 300,
+            "sample_width": 300,
+            "sample_frames": 81,
+        },
+    ),
 }
 """As published; what is left out is the default of the public class."""
 
@@ -86,11 +101,11 @@ class Counts(CalibrationData):
         raise AssertionError("planning makes no calibration set")
 
 
-def write_config(folder: Path, name: str) -> ModelAdapter:
+def write_config(folder: Path, name: str, **arguments: Any) -> ModelAdapter:
     family, config = GEOMETRIES[name]
     (folder / "transformer").mkdir(parents=True)
     (folder / "transformer" / "config.json").write_text(json.dumps(config))
-    return family(str(folder))
+    return family(str(folder), **arguments)
 
 
 def plan_of(
@@ -194,6 +209,15 @@ def test_the_widest_network_is_planned_for_every_method(
     assert (learned >= 36 * weights) == (kind is AdaRound)
     # Attention of 17,776 tokens is a fused kernel's: no matrix of 48 heads is kept.
     assert plan.memory.reconstruction.activations < 17_776**2 * 48
+
+
+def test_a_given_size_is_what_is_planned(tmp_path: Path) -> None:
+    size: dict[str, Any] = {"frames": 81, "height": 768, "width": 1360}
+    adapter = write_config(tmp_path / "1.5", "cogvideox_1_5_5b", **size)
+    plan = plan_of(RoundToNearest(adapter=adapter), tmp_path)
+    # 22 latent frames, two in a patch; text 224 tokens.
+    stream = (224 + 11 * 48 * 85) * 3072 * 4
+    assert plan.memory.streams["ram"] == stream * (4 * 56 + 2 * 16)
 
 
 # Against what a fit does
