@@ -115,8 +115,8 @@ def test_an_image_fit_with_stem_head_and_attention_stops_and_goes_on(
 def test_a_fit_on_questions_with_its_encoder_stops_and_goes_on(tmp_path: Path) -> None:
     teacher = write_tiny_vlm(tmp_path / "teacher", "llava")
     made = partial(
-        asked.method, teacher, veo=VisualEncoderTuning(), rounding="signround", partition_by="entropy", audited=1,
-        steps=4, image_weight="mbq",
+        asked.method, teacher, veo=VisualEncoderTuning(), rounding="signround",
+        partition_by="entropy", audited=1, steps=4, image_weight="mbq",
     )  # fmt: skip
     with pytest.raises(Interruption):
         asked.fit(tmp_path / "run", made(), Stop("on_train_batch_end", 24), every=2)
