@@ -176,10 +176,11 @@ class CogVideoX(ModelAdapter):
             for linear in self.linear_shapes(block)
         }
         self._assign(network, weights, optional)
-        # The position table is computed, not stored.
+        # The position table is computed, and stored only where it was learned.
         for name, buffer in self._blockless().named_buffers():
-            owner, _, leaf = name.rpartition(".")
-            setattr(network.get_submodule(owner), leaf, buffer.to(device))
+            if name not in weights:
+                owner, _, leaf = name.rpartition(".")
+                setattr(network.get_submodule(owner), leaf, buffer.to(device))
         return network.requires_grad_(False).eval()
 
     def example_sample(self, rows: int, device: Device, dtype: torch.dtype) -> Sample:
