@@ -9,6 +9,7 @@ from torch import Tensor
 
 from recon.datamodules.questions import Example, parts
 from recon.errors import ConfigError
+from recon.models.answering import stored_ends
 from recon.models.vlm import VisionLanguageAdapter
 from recon.types import Sample
 
@@ -40,10 +41,15 @@ class Chat:
             ConfigError: As `VisionLanguageAdapter.check_sample`; or pictures do not match markers.
         """
         turns = [{"role": role, "content": content} for role, content in parts(example)]
-        return self._inputs(turns, example, add_generation_prompt=True)
+        sample = self._inputs(turns, example, add_generation_prompt=True)
+        self.adapter.check_sample(sample)
+        return sample
 
     def forced(self, example: Example) -> Sample:
         """Inputs with the answer behind the prompt, and `labels` of it, end of turn included.
+
+        Both end with the first token that ends an answer; where the template writes none, the
+        tokenizer's stands in place of the spaces behind the answer.
 
         Raises:
             ConfigError: As `prompt`; or the template writes other tokens before an answer than it
@@ -61,9 +67,15 @@ class Chat:
                 "cannot be told. Use the template saved with the checkpoint, or one whose "
                 "generation prompt is what precedes an answer."
             )
-        labels = ids.clone()
-        labels[:, :length] = IGNORED
-        return {**whole, "labels": labels}
+        answer = self._ended(ids[0, length:])
+        unread = torch.full_like(asked, IGNORED)
+        sample = {
+            **whole,
+            "input_ids": torch.cat([asked, answer[None]], dim=1),
+            "labels": torch.cat([unread, answer[None]], dim=1),
+        }
+        self.adapter.check_sample(sample)
+        return sample
 
     def text(self, tokens: Tensor) -> str:
         """Tokens [tokens] in words, without special ones."""
@@ -74,6 +86,20 @@ class Chat:
         """Ids that end an answer, by the tokenizer."""
         end = self.processor.tokenizer.eos_token_id
         return [] if end is None else [int(end)]
+
+    def _ended(self, answer: Tensor) -> Tensor:
+        """The tokens of an answer [tokens] up to the first that ends one, added if there is none.
+
+        Templates go on behind it (ChatML: a line break), or write a space in its place (LLaVA-1.5).
+        """
+        ends = [*self.end_tokens, *stored_ends(self.adapter.folder)]
+        found = torch.isin(answer, answer.new_tensor(ends)).nonzero()
+        if len(found):
+            return answer[: int(found[0]) + 1]
+        decode = self.processor.tokenizer.decode
+        while len(answer) and not decode(answer[-1:], skip_special_tokens=False).strip():
+            answer = answer[:-1]
+        return torch.cat([answer, answer.new_tensor(ends[:1])])
 
     def _inputs(
         self, turns: list[dict[str, Any]], example: Example, *, add_generation_prompt: bool
@@ -92,10 +118,9 @@ class Chat:
                 f"{len(example.pictures)} pictures: {error}. Check the texts for words that the "
                 "processor reads as pictures."
             ) from error
+        # Of these only input_ids have a token axis: masks and types are the network's own to make.
         kept = {"input_ids", *self.adapter.picture_inputs}
-        sample = {name: tensor for name, tensor in found.items() if name in kept}
-        self.adapter.check_sample(sample)
-        return sample
+        return {name: tensor for name, tensor in found.items() if name in kept}
 
 
 def _processor(folder: Path) -> Any:
