@@ -1,6 +1,7 @@
 """From conversations to what the network is called with, by the checkpoint's own processor."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,10 @@ class Chat:
         """Inputs [1, tokens] that end where the answer begins.
 
         Raises:
-            ConfigError: As `VisionLanguageAdapter.check_sample`; or pictures do not match markers.
+            ConfigError: As `VisionLanguageAdapter.check_sample`; or pictures do not match markers;
+                or there is a system turn, which the template does not write as one.
         """
-        turns = [{"role": role, "content": content} for role, content in parts(example)]
+        turns = self._turns(example)
         sample = self._inputs(turns, example, add_generation_prompt=True)
         self.adapter.check_sample(sample)
         return sample
@@ -55,7 +57,7 @@ class Chat:
             ConfigError: As `prompt`; or the template writes other tokens before an answer than it
                 does where one is asked for.
         """
-        turns = [{"role": role, "content": content} for role, content in parts(example)]
+        turns = self._turns(example)
         said = {"role": "assistant", "content": [{"type": "text", "text": example.answer}]}
         whole = self._inputs([*turns, said], example, add_generation_prompt=False)
         asked = self._inputs(turns, example, add_generation_prompt=True)["input_ids"]
@@ -86,6 +88,40 @@ class Chat:
         """Ids that end an answer, by the tokenizer."""
         end = self.processor.tokenizer.eos_token_id
         return [] if end is None else [int(end)]
+
+    def _turns(self, example: Example) -> list[dict[str, Any]]:
+        turns = [{"role": role, "content": content} for role, content in parts(example)]
+        if turns[0]["role"] == "system" and not self._writes_system:
+            raise ConfigError(
+                f"The conversation of {example.question!r} begins with a system turn, which the "
+                f"chat template of {self.adapter.folder} does not write as one. Take the system "
+                "turns out of the dataset, or write them into the user's first text."
+            )
+        return turns
+
+    @cached_property
+    def _writes_system(self) -> bool:
+        """Whether the template tells a first turn of the system's from the two speakers'."""
+        said = "instruction"
+        content = [{"type": "text", "text": said}]
+        asked = {"role": "user", "content": content}
+        written = {
+            role: self._written([{"role": role, "content": content}, asked])
+            for role in ("system", "user", "assistant")
+        }
+        # In front of it, because a template may end only what the assistant says.
+        ahead = {role: text.partition(said)[0] for role, text in written.items()}
+        differs = written["system"] != written["user"] and ahead["system"] != ahead["assistant"]
+        return said in written["system"] and differs
+
+    def _written(self, turns: list[dict[str, Any]]) -> str:
+        """The template's text; empty where it refuses the turns."""
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.processor.apply_chat_template(turns, tokenize=False))
+        except TemplateError:
+            return ""
 
     def _ended(self, answer: Tensor) -> Tensor:
         """The tokens of an answer [tokens] up to the first that ends one, added if there is none.

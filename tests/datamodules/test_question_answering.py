@@ -1,6 +1,5 @@
 """Conversations in the checkpoint's template, the set that is made of them, what is refused."""
 
-import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -88,48 +87,6 @@ def test_pictures_stand_where_markers_say(teacher: Path) -> None:
         list(parts(Example((("user", "what <image> ?"),), "red", two)))
     with pytest.raises(ConfigError, match="have 1 <image> for 0 pictures"):
         list(parts(Example((("user", "what <image> ?"),), "red")))
-
-
-LINE_BEHIND = TEMPLATE.replace("'</s> '", "'</s> \n '")
-"""Like ChatML's: the template goes on behind the end of a turn."""
-NO_END = TEMPLATE.replace("'</s> '", "'\n '")
-"""Like LLaVA-1.5's: white space behind the answer, and no end of turn."""
-
-
-@pytest.mark.parametrize("template", [TEMPLATE, LINE_BEHIND, NO_END])
-def test_an_answer_ends_with_the_end_of_turn_whatever_the_template_writes(
-    template: str, tmp_path: Path
-) -> None:
-    folder = write_tiny_chat(tmp_path, template)
-    lines_are_tokens(folder)
-    sample = Chat(Llava(str(folder))).forced(examples(1)[0])
-    assert read(sample, folder)[1] == "red </s>"
-    assert torch.equal(sample["input_ids"][0, -2:], sample["labels"][0, -2:])
-    assert (sample["labels"][0, :-2] == -100).all()
-
-
-def test_an_answer_ends_with_what_generation_ends_with(tmp_path: Path) -> None:
-    folder = write_tiny_chat(tmp_path, TEMPLATE.replace("'</s> '", "'hint \n </s> '"))
-    chat = Chat(Llava(str(folder)))
-    end = chat.processor.tokenizer.convert_tokens_to_ids("hint")
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))
-    labels = chat.forced(examples(1)[0])["labels"][0]
-    assert chat.processor.tokenizer.decode(labels[labels >= 0]) == "red hint"
-
-
-def lines_are_tokens(folder: Path) -> None:
-    """Has the folder's tokenizer tell line breaks from spaces."""
-    file = folder / "tokenizer.json"
-    stored = json.loads(file.read_text())
-    stored["model"]["vocab"]["\n"] = 59
-    pattern = {"Regex": "\n|[^\\s]+"}
-    stored["pre_tokenizer"] = {
-        "type": "Split",
-        "pattern": pattern,
-        "behavior": "Removed",
-        "invert": True,
-    }
-    file.write_text(json.dumps(stored))
 
 
 def test_refuses_a_template_that_hides_where_the_answer_begins(tmp_path: Path) -> None:
