@@ -289,7 +289,7 @@ class QuestionAnswering(KeptCalibration):
 
     def _refuse_small(self) -> None:
         refuse = partial("QuestionAnswering.{} must be at least {}, got {}.".format)
-        least = {"num_samples": 1, "held_out_samples": 0, "pool": 1, "seed": 0, "test_seed": 0}
+        least = {"num_samples": 1, "held_out_samples": 1, "pool": 1, "seed": 0, "test_seed": 0}
         least |= {"num_test_questions": 1, "test_batch_size": 1, "max_new_tokens": 1}
         for name, low in least.items():
             value = getattr(self, name)

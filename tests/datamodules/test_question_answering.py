@@ -177,6 +177,7 @@ def test_farthest_point_works_on_conversations(teacher: Path, tmp_path: Path) ->
     ("changed", "message"),
     [
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        ({"held_out_samples": 0}, "held_out_samples must be at least 1, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"select": "salient", "pool": 3}, "num_samples is 4, but the pool has 3 candidates"),
         (
