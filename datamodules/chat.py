@@ -1,6 +1,6 @@
 """From conversations to what the network is called with, by the checkpoint's own processor."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,17 @@ class Chat:
 
     Args:
         adapter: Names the folder, and what of a processor's output the network reads.
+        asks: Conversations are only asked, not streamed: the adapter's `max_tokens` is no limit,
+            and their length is the caller's to check against the context.
 
     Raises:
         ConfigError: The folder has no processor or no chat template, or the processor needs a
             package that is not installed.
     """
 
-    def __init__(self, adapter: VisionLanguageAdapter) -> None:
+    def __init__(self, adapter: VisionLanguageAdapter, *, asks: bool = False) -> None:
         self.adapter = adapter
+        self._check = adapter.check_pictures if asks else adapter.check_sample
         self.processor: Any = _processor(adapter.folder)
 
     def prompt(self, example: Example) -> Sample:
@@ -44,7 +47,7 @@ class Chat:
         """
         turns = self._turns(example)
         sample = self._inputs(turns, example, add_generation_prompt=True)
-        self.adapter.check_sample(sample)
+        self._check(sample)
         return sample
 
     def forced(self, example: Example) -> Sample:
@@ -76,7 +79,7 @@ class Chat:
             "input_ids": torch.cat([asked, answer[None]], dim=1),
             "labels": torch.cat([unread, answer[None]], dim=1),
         }
-        self.adapter.check_sample(sample)
+        self._check(sample)
         return sample
 
     def text(self, tokens: Tensor) -> str:
@@ -157,6 +160,30 @@ class Chat:
         # Of these only input_ids have a token axis: masks and types are the network's own to make.
         kept = {"input_ids", *self.adapter.picture_inputs}
         return {name: tensor for name, tensor in found.items() if name in kept}
+
+
+def check_lengths(chat: Chat, examples: Iterable[Example], key: str) -> None:
+    """Refuse questions that are, with their answers, longer than the model's context.
+
+    Each is processed as it will be asked, which is little beside answering it.
+
+    Args:
+        chat: One that asks.
+        examples: All that will be asked, in order.
+        key: What they are called, for messages.
+
+    Raises:
+        ConfigError: One is too long, or as `Chat.forced`.
+    """
+    context = chat.adapter.context
+    for number, example in enumerate(examples):
+        tokens = chat.forced(example)["input_ids"].shape[1]
+        if tokens > context:
+            raise ConfigError(
+                f"Question {number} of {key}, {example.question!r}, has {tokens} tokens with its "
+                f"answer, and the model's context is {context}. Take it out of the dataset, or "
+                "make its text or pictures smaller."
+            )
 
 
 def _processor(folder: Path) -> Any:

@@ -2,11 +2,11 @@
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, overload
 
 from PIL import Image
 
@@ -107,8 +107,8 @@ def world_examples(split: Split, count: int, seed: int) -> Iterator[Example]:
 
 def dataset_examples(
     path: str, split: str, columns: Columns, seed: int | None, key: str
-) -> Iterator[Example]:
-    """All examples of a local dataset, each read when it is asked for.
+) -> Sequence[Example]:
+    """All examples of a local dataset, each read whenever it is asked for.
 
     Args:
         path: What `Dataset.save_to_disk` wrote, or a folder of files that `load_dataset` reads.
@@ -118,8 +118,8 @@ def dataset_examples(
         key: Configuration key, for messages.
 
     Raises:
-        ConfigError: Nothing is there, a mapped column is missing, or a row holds something else
-            than it should.
+        ConfigError: Nothing is there, or a mapped column is missing; and on reading an example, its
+            row holds something else than it should.
     """
     rows = _opened(path, split, key)
     missing = {f: c for f, c in columns.named().items() if c not in rows.column_names}
@@ -132,26 +132,61 @@ def dataset_examples(
     order = list(range(len(rows)))
     if seed is not None:
         random.Random(seed).shuffle(order)
-    return (_example(rows[index], columns, f"{path}, row {index}") for index in order)
+    return _Rows(rows, order, columns, path)
 
 
-def unlike(examples: Iterator[Example], count: int | None, key: str) -> list[Example]:
+class Different(Sequence[Example]):
     """The first `count` examples of different content, all of them if None.
 
+    Each is read from the source again whenever it is asked for; kept are only hashes and answers,
+    so that pictures fill no memory.
+
+    Args:
+        source: Where they come from, with repetitions.
+        count: How many are wanted.
+        key: What the source is called, for messages.
+
     Raises:
-        ConfigError: There are fewer.
+        ConfigError: There are fewer, or as the source on reading.
     """
-    found: dict[str, Example] = {}
-    for example in examples:
-        if len(found) == count:
-            break
-        found.setdefault(example.content, example)
-    if count is not None and len(found) < count:
-        raise ConfigError(
-            f"{count} different examples are asked of {key}, which has {len(found)}. Ask for "
-            "fewer, or add some."
-        )
-    return list(found.values())
+
+    def __init__(self, source: Sequence[Example], count: int | None, key: str) -> None:
+        self._source = source
+        self._found: dict[str, tuple[int, str]] = {}
+        for index in range(len(source)):
+            if len(self._found) == count:
+                break
+            example = source[index]
+            self._found.setdefault(example.content, (index, example.answer))
+        if count is not None and len(self._found) < count:
+            raise ConfigError(
+                f"{count} different examples are asked of {key}, which has {len(self._found)}. Ask "
+                "for fewer, or add some."
+            )
+        self._indices = [index for index, _ in self._found.values()]
+
+    @property
+    def contents(self) -> list[str]:
+        """`Example.content` of each, without reading."""
+        return list(self._found)
+
+    @property
+    def asked(self) -> list[str]:
+        """Content and answer of each as one text, without reading."""
+        return [content + answer for content, (_, answer) in self._found.items()]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        """Reads one, or all of a slice."""
+        if isinstance(index, slice):
+            return [self._source[each] for each in self._indices[index]]
+        return self._source[self._indices[index]]
 
 
 def parts(example: Example) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -178,6 +213,26 @@ def parts(example: Example) -> Iterator[tuple[str, list[dict[str, Any]]]]:
             if piece.strip():
                 content.append({"type": "text", "text": piece.strip()})
         yield role, content
+
+
+class _Rows(Sequence[Example]):
+    def __init__(self, rows: Any, order: Sequence[int], columns: Columns, path: str) -> None:
+        self._rows, self._order, self._columns, self._path = rows, order, columns, path
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self._read(row) for row in self._order[index]]
+        return self._read(self._order[index])
+
+    def _read(self, row: int) -> Example:
+        return _example(self._rows[row], self._columns, f"{self._path}, row {row}")
 
 
 def _opened(path: str, split: str, key: str) -> Any:
