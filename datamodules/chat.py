@@ -107,7 +107,7 @@ class Chat:
         """Whether the template tells a first turn of the system's from the two speakers'."""
         said = "instruction"
         content = [{"type": "text", "text": said}]
-        asked = {"role": "user", "content": content}
+        asked = {"role": "user", "content": [{"type": "text", "text": "?"}]}
         written = {
             role: self._written([{"role": role, "content": content}, asked])
             for role in ("system", "user", "assistant")

@@ -32,8 +32,8 @@ class VisionLanguageAdapter(TransformersNetwork):
     Args:
         folder: As for every adapter.
         dtype: As for every adapter.
-        max_tokens: Longest sample; longer ones are refused, and streams are budgeted for it. The
-            model's context is the limit where it is shorter.
+        max_tokens: Longest calibration sample; longer ones are refused, and streams are budgeted
+            for it. The model's context is the limit where it is shorter, and of what is only asked.
 
     Raises:
         ConfigError: max_tokens is below 1, or as every adapter.
