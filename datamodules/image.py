@@ -88,7 +88,7 @@ class ImageCalibration(SampledCalibration):
                 "samples_per_timestep": 1,
                 "num_trajectories": 1,
                 "held_out_trajectories": 0,
-                "held_out_samples": 0,
+                "held_out_samples": 1,
                 "num_test_images": 1,
             }
         )

@@ -9,20 +9,20 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from recon.calibration import ranks
 from recon.calibration.artefact import Fingerprint
 from recon.calibration.selection import SalientSelection
-from recon.datamodules.chat import Chat
+from recon.datamodules.chat import Chat, check_lengths
 from recon.datamodules.conversations import check_rule, write_conversations
 from recon.datamodules.kept import KeptCalibration
 from recon.datamodules.prompts import text_hash
 from recon.datamodules.questions import (
     Columns,
+    Different,
     Example,
     dataset_examples,
-    unlike,
     world_examples,
 )
 from recon.engine.data import Sampling
@@ -115,15 +115,18 @@ class QuestionAnswering(KeptCalibration):
         chat = self._chat_of(adapter)
         pool, held_out = self.calibration_examples
         trained = {example.content for example in (*pool, *held_out)}
-        shared = [e.question for e in self.test_examples if e.content in trained]
+        contents = self.test_examples.contents
+        shared = [index for index, content in enumerate(contents) if content in trained]
         if shared:
             raise ConfigError(
                 f"{len(shared)} questions serve both calibration and evaluation, with the same "
-                f"pictures, such as {shared[0]!r}. Evaluate on questions that were not calibrated "
-                "on: change dataset, test_dataset or their splits."
+                f"pictures, such as {self.test_examples[shared[0]].question!r}. Evaluate on "
+                "questions that were not calibrated on: change dataset, test_dataset or their "
+                "splits."
             )
-        for example in (pool[0], *held_out[:1], *self.test_examples[:1]):
+        for example in (pool[0], held_out[0]):
             chat.forced(example)
+        check_lengths(self._chat_of(adapter, asks=True), self.test_examples[:1], "test_dataset")
 
     @cached_property
     def calibration_examples(self) -> tuple[list[Example], list[Example]]:
@@ -135,31 +138,32 @@ class QuestionAnswering(KeptCalibration):
         candidates = self.num_samples if self.select == "given" else self.pool
         count = candidates + self.held_out_samples
         if self.dataset is None:
-            found = unlike(world_examples("train", count, self.seed), count, "the embedded world")
+            world = list(world_examples("train", count, self.seed))
+            found = Different(world, count, "the embedded world")
         else:
             drawn = dataset_examples(self.dataset, self.split, self.columns, self.seed, "dataset")
-            found = unlike(drawn, count, f"dataset {self.dataset!r}")
+            found = Different(drawn, count, f"dataset {self.dataset!r}")
         return found[:candidates], found[candidates:]
 
     @cached_property
-    def test_examples(self) -> list[Example]:
-        """What is asked in validation, test and prediction, in order.
+    def test_examples(self) -> Different:
+        """What is asked in validation, test and prediction, in order; pictures are not kept.
 
         Raises:
             ConfigError: As `check`.
         """
         count, place = self.num_test_questions, self.test_dataset or self.dataset
         if place is None:
-            world = world_examples("evaluation", count or 200, self.test_seed)
-            return unlike(world, count or 200, "the embedded world")
+            world = list(world_examples("evaluation", count or 200, self.test_seed))
+            return Different(world, count or 200, "the embedded world")
         drawn = dataset_examples(place, self.test_split, self.columns, None, "test_dataset")
-        return unlike(drawn, count, f"test_dataset {place!r}")
+        return Different(drawn, count, f"test_dataset {place!r}")
 
     def evaluation_settings(self) -> dict[str, Any]:
         """What an evaluation's numbers depend on, for its report."""
         return {
             "questions": len(self.test_examples),
-            "questions_sha256": text_hash([e.content + e.answer for e in self.test_examples]),
+            "questions_sha256": text_hash(self.test_examples.asked),
             "test_dataset": self.test_dataset or self.dataset or "embedded world",
             "test_seed": self.test_seed,
             "max_new_tokens": self.max_new_tokens,
@@ -250,11 +254,17 @@ class QuestionAnswering(KeptCalibration):
         return self.test_dataloader()
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Batches of questions with their inputs, this rank's share."""
+        """Batches of questions with their inputs, this rank's share.
+
+        Raises:
+            ConfigError: A question, of any rank's, does not fit the network.
+        """
+        # Here and not in `check`: it takes minutes for thousands, which calibration need not wait.
+        check_lengths(self._chat, self.test_examples, "test_dataset")
         # The engine runs without Lightning's distributed sampler, so the shares are dealt here.
-        share = self.test_examples[ranks.rank() :: ranks.world()]
+        share = range(ranks.rank(), len(self.test_examples), ranks.world())
         return DataLoader(
-            share,  # type: ignore[arg-type] # a list is a dataset: it has length and items
+            Subset(self.test_examples, share),  # type: ignore[arg-type] # it has length and items
             batch_size=self.test_batch_size,
             shuffle=False,
             collate_fn=self._collate,
@@ -276,20 +286,20 @@ class QuestionAnswering(KeptCalibration):
     @cached_property
     def _chat(self) -> Chat:
         assert self.trainer is not None
-        return self._chat_of(cast(ModelAdapter, self.trainer.lightning_module.adapter))
+        return self._chat_of(cast(ModelAdapter, self.trainer.lightning_module.adapter), asks=True)
 
-    def _chat_of(self, adapter: ModelAdapter) -> Chat:
+    def _chat_of(self, adapter: ModelAdapter, *, asks: bool = False) -> Chat:
         if not isinstance(adapter, VisionLanguageAdapter):
             raise ConfigError(
                 f"QuestionAnswering shows pictures, which {type(adapter).__name__} does not see. "
                 "Use the adapter of a vision-language model, or the data module of the adapter's "
                 "family."
             )
-        return Chat(adapter)
+        return Chat(adapter, asks=asks)
 
     def _refuse_small(self) -> None:
         refuse = partial("QuestionAnswering.{} must be at least {}, got {}.".format)
-        least = {"num_samples": 1, "held_out_samples": 0, "pool": 1, "seed": 0, "test_seed": 0}
+        least = {"num_samples": 1, "held_out_samples": 1, "pool": 1, "seed": 0, "test_seed": 0}
         least |= {"num_test_questions": 1, "test_batch_size": 1, "max_new_tokens": 1}
         for name, low in least.items():
             value = getattr(self, name)

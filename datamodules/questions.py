@@ -6,17 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, overload
 
 from PIL import Image
 
+from recon.datamodules.rows import MARKER, answer_of, choices_of, pictures_of, text_of, turns_of
 from recon.errors import ConfigError
 from recon.zoo.world import Split
-
-MARKER = "<image>"
-"""Stands in a text for a picture. Source: LLaVA's conversation files."""
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-"""Names of the two speakers in conversation files, and the chat templates' words for them."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +20,9 @@ class Example:
     """A conversation that ends with the answer."""
 
     turns: tuple[tuple[str, str], ...]
-    """(`user` or `assistant`, text) in order, the first and the last but one the user's; a marker
-    `<image>` in a text stands for the next picture, and without any the pictures come first."""
+    """(`user` or `assistant`, text) in order, the first and the last the user's; a `system` turn
+    may stand before. A marker `<image>` in a text stands for the next picture, and without any the
+    pictures come first in the user's first turn."""
     answer: str
     pictures: tuple[Image.Image, ...] = ()
     kind: str = "all"
@@ -73,7 +70,8 @@ class Columns:
     """What accuracies are told apart by, such as `subject`."""
     conversation: str | None = None
     """List of turns, each with `role` and `content`, or `from` and `value`; the last is the
-    answer. Source: LLaVA's conversation files."""
+    answer. What is said is a text, or a list of parts, `{"type": "text", "text": ...}` or
+    `{"type": "image"}` for the next picture. Source: LLaVA's conversation files; chat templates."""
 
     def __post_init__(self) -> None:
         """Refuse a mapping that makes no question."""
@@ -109,8 +107,8 @@ def world_examples(split: Split, count: int, seed: int) -> Iterator[Example]:
 
 def dataset_examples(
     path: str, split: str, columns: Columns, seed: int | None, key: str
-) -> Iterator[Example]:
-    """All examples of a local dataset, each read when it is asked for.
+) -> Sequence[Example]:
+    """All examples of a local dataset, each read whenever it is asked for.
 
     Args:
         path: What `Dataset.save_to_disk` wrote, or a folder of files that `load_dataset` reads.
@@ -120,8 +118,8 @@ def dataset_examples(
         key: Configuration key, for messages.
 
     Raises:
-        ConfigError: Nothing is there, a mapped column is missing, or a row holds something else
-            than it should.
+        ConfigError: Nothing is there, or a mapped column is missing; and on reading an example, its
+            row holds something else than it should.
     """
     rows = _opened(path, split, key)
     missing = {f: c for f, c in columns.named().items() if c not in rows.column_names}
@@ -134,26 +132,61 @@ def dataset_examples(
     order = list(range(len(rows)))
     if seed is not None:
         random.Random(seed).shuffle(order)
-    return (_example(rows[index], columns, f"{path}, row {index}") for index in order)
+    return _Rows(rows, order, columns, path)
 
 
-def unlike(examples: Iterator[Example], count: int | None, key: str) -> list[Example]:
+class Different(Sequence[Example]):
     """The first `count` examples of different content, all of them if None.
 
+    Each is read from the source again whenever it is asked for; kept are only hashes and answers,
+    so that pictures fill no memory.
+
+    Args:
+        source: Where they come from, with repetitions.
+        count: How many are wanted.
+        key: What the source is called, for messages.
+
     Raises:
-        ConfigError: There are fewer.
+        ConfigError: There are fewer, or as the source on reading.
     """
-    found: dict[str, Example] = {}
-    for example in examples:
-        if len(found) == count:
-            break
-        found.setdefault(example.content, example)
-    if count is not None and len(found) < count:
-        raise ConfigError(
-            f"{count} different examples are asked of {key}, which has {len(found)}. Ask for "
-            "fewer, or add some."
-        )
-    return list(found.values())
+
+    def __init__(self, source: Sequence[Example], count: int | None, key: str) -> None:
+        self._source = source
+        self._found: dict[str, tuple[int, str]] = {}
+        for index in range(len(source)):
+            if len(self._found) == count:
+                break
+            example = source[index]
+            self._found.setdefault(example.content, (index, example.answer))
+        if count is not None and len(self._found) < count:
+            raise ConfigError(
+                f"{count} different examples are asked of {key}, which has {len(self._found)}. Ask "
+                "for fewer, or add some."
+            )
+        self._indices = [index for index, _ in self._found.values()]
+
+    @property
+    def contents(self) -> list[str]:
+        """`Example.content` of each, without reading."""
+        return list(self._found)
+
+    @property
+    def asked(self) -> list[str]:
+        """Content and answer of each as one text, without reading."""
+        return [content + answer for content, (_, answer) in self._found.items()]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        """Reads one, or all of a slice."""
+        if isinstance(index, slice):
+            return [self._source[each] for each in self._indices[index]]
+        return self._source[self._indices[index]]
 
 
 def parts(example: Example) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -170,9 +203,9 @@ def parts(example: Example) -> Iterator[tuple[str, list[dict[str, Any]]]]:
             f"{len(example.pictures)} pictures. Write one for each, or none: then pictures come "
             "first."
         )
-    for index, (role, text) in enumerate(example.turns):
+    for role, text in example.turns:
         content: list[dict[str, Any]] = []
-        if not markers and index == 0:
+        if not markers and role == "user":  # all of them, so that later turns find none left
             content += [{"type": "image", "image": picture} for picture in pictures]
         for place, piece in enumerate(text.split(MARKER)):
             if place:
@@ -180,6 +213,26 @@ def parts(example: Example) -> Iterator[tuple[str, list[dict[str, Any]]]]:
             if piece.strip():
                 content.append({"type": "text", "text": piece.strip()})
         yield role, content
+
+
+class _Rows(Sequence[Example]):
+    def __init__(self, rows: Any, order: Sequence[int], columns: Columns, path: str) -> None:
+        self._rows, self._order, self._columns, self._path = rows, order, columns, path
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self._read(row) for row in self._order[index]]
+        return self._read(self._order[index])
+
+    def _read(self, row: int) -> Example:
+        return _example(self._rows[row], self._columns, f"{self._path}, row {row}")
 
 
 def _opened(path: str, split: str, key: str) -> Any:
@@ -212,63 +265,14 @@ def _opened(path: str, split: str, key: str) -> Any:
 
 def _example(row: Mapping[str, Any], columns: Columns, place: str) -> Example:
     held = {field: row[column] for field, column in columns.named().items()}
-    pictures = _pictures(held.get("image"), place)
+    pictures = pictures_of(held.get("image"), place)
     kind = str(held.get("kind", "all"))
     if "conversation" in held:
-        turns = _turns(held["conversation"], place)
+        turns = turns_of(held["conversation"], place)
         return Example(turns[:-1], turns[-1][1], pictures, kind)
-    choices = tuple(map(str, held.get("choices") or ()))
-    lines = [str(held.get("hint") or "").strip(), str(held["question"]).strip()]
+    choices = choices_of(held.get("choices"), columns.choices, place)
+    lines = [str(held.get("hint") or "").strip(), text_of(held["question"], "question", place)]
     lines += [f"{ascii_uppercase[i]}. {choice}" for i, choice in enumerate(choices)]
-    answer = _answer(held["answer"], choices, place)
+    answer = answer_of(held["answer"], choices, place)
     text = "\n".join(line for line in lines if line)
     return Example((("user", text),), answer, pictures, kind, choices or None)
-
-
-def _pictures(value: Any, place: str) -> tuple[Image.Image, ...]:
-    found = value if isinstance(value, list | tuple) else [value]
-    pictures = [picture for picture in found if picture is not None]
-    if not all(isinstance(picture, Image.Image) for picture in pictures):
-        raise ConfigError(
-            f"{place}: the image column holds a {type(pictures[0]).__name__}. Cast the column to "
-            "datasets.Image, or set columns.image to null."
-        )
-    return tuple(picture.convert("RGB") for picture in pictures)
-
-
-def _answer(value: Any, choices: Sequence[str], place: str) -> str:
-    if not choices:
-        return str(value).strip()
-    letters = ascii_uppercase[: len(choices)]
-    if isinstance(value, int) and 0 <= value < len(choices):
-        return letters[value]
-    text = str(value).strip()
-    if text in choices:
-        return letters[list(choices).index(text)]
-    if len(text) == 1 and text.upper() in letters:
-        return text.upper()
-    raise ConfigError(
-        f"{place}: the answer is {value!r}, neither a number nor a letter nor a text of the "
-        f"{len(choices)} choices. Check columns.answer and columns.choices."
-    )
-
-
-def _turns(value: Any, place: str) -> tuple[tuple[str, str], ...]:
-    turns = []
-    for turn in value:
-        role = SPEAKERS.get(str(turn.get("role", turn.get("from"))))
-        text = turn.get("content", turn.get("value"))
-        if role is None or not isinstance(text, str):
-            raise ConfigError(
-                f"{place}: a turn holds {sorted(turn)} with the speaker "
-                f"{turn.get('role', turn.get('from'))!r}; turns have role and content, or from "
-                f"and value, and speakers are {sorted(SPEAKERS)}. Rewrite the column."
-            )
-        turns.append((role, text.strip()))
-    expected = ["user", "assistant"] * (len(turns) // 2)
-    if not turns or [role for role, _ in turns] != expected:
-        raise ConfigError(
-            f"{place}: the speakers are {[role for role, _ in turns]}; a conversation alternates, "
-            "begins with the user and ends with the answer. Cut it so."
-        )
-    return tuple(turns)

@@ -79,7 +79,7 @@ class VideoCalibration(SampledCalibration):
             {
                 "num_prompts": 1,
                 "held_out_prompts": 0,
-                "held_out_samples": 0,
+                "held_out_samples": 1,
             }
         )
         if num_test_prompts is not None and num_test_prompts < 1:

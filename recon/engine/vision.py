@@ -128,6 +128,17 @@ def has_pictures(adapter: SeesPictures, sample: Sample) -> bool:
     return bool(adapter.image_tokens(sample).any())
 
 
+def samples_with_pictures(module: "Reconstruction", adapter: SeesPictures) -> tuple[int, int]:
+    """How many calibration and held-out samples have pictures, over all processes."""
+    front = module.frontier
+    counts = [
+        sum(has_pictures(adapter, front.sample(index)) for index in share)
+        for share in (front.calibration, front.held_out)
+    ]
+    learned, judged = ranks.total(torch.tensor(counts, device=front.device)).tolist()
+    return learned, judged
+
+
 def refuse_texts(module: "Reconstruction", adapter: SeesPictures, *, held_out: bool) -> None:
     """Does nothing if there are pictures among the calibration samples of all processes.
 
@@ -139,12 +150,7 @@ def refuse_texts(module: "Reconstruction", adapter: SeesPictures, *, held_out: b
     Raises:
         ConfigError: There are none.
     """
-    front = module.frontier
-    counts = [
-        sum(has_pictures(adapter, front.sample(index)) for index in share)
-        for share in (front.calibration, front.held_out)
-    ]
-    learned, judged = ranks.total(torch.tensor(counts, device=front.device)).tolist()
+    learned, judged = samples_with_pictures(module, adapter)
     if not learned or (held_out and not judged):
         raise ConfigError(
             f"{learned} calibration and {judged} held-out samples have pictures; the visual "

@@ -111,9 +111,13 @@ class DependencySurvey(OpenStage):
         pairs = torch.tensor(self._audited)
         found = rank_correlation(torch.tensor(proxy, dtype=torch.float64)[pairs], ded[pairs])
         constant = "none, one of them is the same for all"
+        outcome = constant if found is None else f"{found:.2f}"
+        if len(pairs) == 1:
+            outcome = "none, one pair has no correlation"
+        layers = "pair" if len(pairs) == 1 else "pairs"
         rank_zero_info(
             f"Spearman's correlation of {self._method.proxy} and the true dependency over "
-            f"{len(pairs)} pairs of layers: {constant if found is None else f'{found:.2f}'}."
+            f"{len(pairs)} {layers} of layers: {outcome}."
         )
         return found
 

@@ -46,7 +46,7 @@ class AnsweringPipeline:
         """
         from transformers import GenerationConfig
 
-        ends = sorted({*end_tokens, *self._stored_ends()})
+        ends = sorted({*end_tokens, *stored_ends(self.folder)})
         given = self.call_arguments(prompt, self.device)
         # A fresh configuration: that of the folder may ask for sampling.
         greedy = GenerationConfig(
@@ -78,8 +78,10 @@ class AnsweringPipeline:
         answer = labels >= 0
         return functional.log_softmax(logits[answer].float(), -1).cpu(), labels[answer].cpu()
 
-    def _stored_ends(self) -> list[int]:
-        file = self.folder / "generation_config.json"
-        stored = read_json(file, type(self).__name__) if file.is_file() else {}
-        ends = stored.get("eos_token_id")
-        return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
+
+def stored_ends(folder: Path) -> list[int]:
+    """Ids that end an answer, by the folder's generation_config.json; none without that file."""
+    file = folder / "generation_config.json"
+    stored = read_json(file, "AnsweringPipeline") if file.is_file() else {}
+    ends = stored.get("eos_token_id")
+    return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]

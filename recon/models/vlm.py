@@ -32,8 +32,8 @@ class VisionLanguageAdapter(TransformersNetwork):
     Args:
         folder: As for every adapter.
         dtype: As for every adapter.
-        max_tokens: Longest sample; longer ones are refused, and streams are budgeted for it. The
-            model's context is the limit where it is shorter.
+        max_tokens: Longest calibration sample; longer ones are refused, and streams are budgeted
+            for it. The model's context is the limit where it is shorter, and of what is only asked.
 
     Raises:
         ConfigError: max_tokens is below 1, or as every adapter.
@@ -105,7 +105,12 @@ class VisionLanguageAdapter(TransformersNetwork):
     @property
     def token_limit(self) -> int:
         """Tokens a sample may have: `max_tokens`, or the context where that is shorter."""
-        return min(self.max_tokens, int(self._text_settings.max_position_embeddings))
+        return min(self.max_tokens, self.context)
+
+    @property
+    def context(self) -> int:
+        """Tokens the network was made for."""
+        return int(self._text_settings.max_position_embeddings)
 
     def example_sample(self, rows: int, device: Device, dtype: torch.dtype) -> Sample:
         """A text of the greatest length, without a picture."""
@@ -126,20 +131,27 @@ class VisionLanguageAdapter(TransformersNetwork):
     # The network, block by block
 
     def check_sample(self, sample: Sample) -> None:
-        """Refuse a sample the network cannot take, without running anything.
+        """Refuse a sample the streams or the network cannot take, without running anything.
 
         Raises:
-            ConfigError: It is longer than the limit, or has pictures without placeholders or
-                placeholders without pictures.
+            ConfigError: It is longer than the limit, or as `check_pictures`.
         """
         rows, tokens = sample["input_ids"].shape
         if rows != 1 or tokens > self.token_limit:
             raise ConfigError(
                 f"input_ids are [{rows}, {tokens}]; {type(self).__name__} takes one conversation "
                 f"of at most {self.token_limit} tokens (max_tokens {self.max_tokens}, context "
-                f"{self._text_settings.max_position_embeddings}). Shorten the text, make pictures "
+                f"{self.context}). Shorten the text, make pictures "
                 "smaller, or raise max_tokens up to the context."
             )
+        self.check_pictures(sample)
+
+    def check_pictures(self, sample: Sample) -> None:
+        """Refuse a sample whose text and pictures do not go together, whatever its length.
+
+        Raises:
+            ConfigError: It has pictures without placeholders or placeholders without pictures.
+        """
         placeholders = int(self.image_tokens(sample).sum())
         if bool(placeholders) != (self.picture_inputs[0] in sample):
             raise ConfigError(

@@ -30,12 +30,39 @@ CHOICES = ("a star", "a ring", "no shape")
         ("D", None),  # there is no fourth choice
         ("Because", None),
         ("", None),
+        ("B. None of the answers.", "B"),
+        ("B\n\nExplanation: the ring is red.", "B"),
+        ("**B**", "B"),
+        ("**B.** a ring", "B"),
+        ("The answer is **B** because it is round.", "B"),
+        ("The answer is B because it is round.", "B"),
+        ("The answer is A since it is red.", "A"),
+        ("**Answer:** B", "B"),
+        ("B. The answer is Z.", "B"),  # no choice is stated, and one stands in front
+        ("Answers: B", None),
+        # several letters
+        ("The answer is B. No, the answer is C.", None),
+        ("A. But the answer is C.", None),
+        ("A, B", None),
+        ("(A) and (B)", None),
+        ("The answer is A or B.", None),
+        ("A\nB", None),
+        ("**A** or **B**", None),
+        # articles
+        ("B. A ring", "B"),
+        ("B, a ring", "B"),
+        ("A ring is round", None),
     ],
 )
 def test_letters_are_read_from_both_formats_and_never_guessed(
     text: str, expected: str | None
 ) -> None:
     assert parse_answer(text, CHOICES) == expected
+
+
+def test_a_letter_may_be_the_text_of_a_choice() -> None:
+    assert parse_answer("A. B", ("B", "C")) == "A"
+    assert parse_answer("A. C", ("B", "D", "E")) is None
 
 
 def test_short_answers_match_exactly_but_for_case_and_marks() -> None:

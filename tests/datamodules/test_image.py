@@ -112,6 +112,7 @@ def test_a_set_is_used_again_and_one_of_another_selection_refused(
     ("changed", "message"),
     [
         ({"timesteps": 1}, "timesteps must be at least 2, got 1"),
+        ({"held_out_samples": 0}, "held_out_samples must be at least 1, got 0"),
         ({"num_test_images": 0}, "num_test_images must be at least 1"),
         ({"classes": []}, r"data\.classes is empty"),
         ({"classes": ["hexagon"]}, r"'hexagon', which is none of the 5 classes"),

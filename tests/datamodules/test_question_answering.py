@@ -177,6 +177,7 @@ def test_farthest_point_works_on_conversations(teacher: Path, tmp_path: Path) ->
     ("changed", "message"),
     [
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        ({"held_out_samples": 0}, "held_out_samples must be at least 1, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"select": "salient", "pool": 3}, "num_samples is 4, but the pool has 3 candidates"),
         (
@@ -302,7 +303,7 @@ def test_refuses_datasets_without_what_is_mapped(tmp_path: Path) -> None:
     folder = str(science(tmp_path / "science"))
 
     def first(**columns: Any) -> None:
-        next(dataset_examples(folder, "train", Columns(**columns), None, "dataset"))
+        _ = dataset_examples(folder, "train", Columns(**columns), None, "dataset")[0]
 
     with pytest.raises(ConfigError, match=r"columns.hint is 'context', but dataset .*'choices'"):
         first(hint="context")
@@ -313,9 +314,9 @@ def test_refuses_datasets_without_what_is_mapped(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"has the splits \['test', 'train'\] and no 'validation'"
     ):
-        next(dataset_examples(folder, "validation", SCIENCE, None, "dataset"))
+        dataset_examples(folder, "validation", SCIENCE, None, "dataset")
     with pytest.raises(ConfigError, match="is not a folder"):
-        next(dataset_examples(str(tmp_path / "no"), "train", SCIENCE, None, "dataset"))
+        dataset_examples(str(tmp_path / "no"), "train", SCIENCE, None, "dataset")
     with pytest.raises(ConfigError, match="neither a conversation nor both question and answer"):
         Columns(question=None)
 

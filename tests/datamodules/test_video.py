@@ -134,9 +134,9 @@ def test_held_out_samples_are_of_other_prompts_and_uniform_over_the_steps(tmp_pa
 
 def test_a_held_out_prompt_without_samples_is_not_sampled(tmp_path: Path) -> None:
     fake = FakeAdapter()
-    found = made(tmp_path, fake, held_out_samples=0)
-    assert len(found.held_out) == 0
-    assert len(fake.sampled) == 4
+    found = made(tmp_path, fake, held_out_samples=1)
+    assert len(found.held_out) == 1
+    assert len(fake.sampled) == 4 + 1
 
 
 @pytest.mark.parametrize(("branches", "rows"), [("conditional", 1), ("both", 2)])
@@ -280,6 +280,7 @@ def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         ({"num_prompts": 0}, "num_prompts must be at least 1, got 0"),
         ({"steps": 1}, "steps must be at least 2, got 1"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"held_out_samples": 0}, "held_out_samples must be at least 1, got 0"),
         ({"held_out_prompts": -1}, "held_out_prompts must be at least 0"),
         ({"test_batch_size": 0}, "test_batch_size must be at least 1"),
         ({"num_test_prompts": 0}, "num_test_prompts must be at least 1, or null"),
