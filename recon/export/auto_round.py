@@ -87,6 +87,7 @@ class AutoRound(Format):
                 "by gptqmodel) were not run here",
             ),
             dtype=word,
+            load_dtype=word,
             file_tolerance=TOLERANCES[word][0],
             run_tolerance=TOLERANCES[word][1],
             notes=("Step sizes are stored in float16, and the network runs in half precision.",),

@@ -52,6 +52,7 @@ class Bf16(Format):
             folder=target,
             linear_bytes=sum(merged[name].nbytes for name in finished.native.manifest["layers"]),
             runs_as=("plain bfloat16 layers, on any hardware, as fast as full precision",),
+            load_dtype="bfloat16" if finished.library == "diffusers" else None,
             run_tolerance=BF16_ROUNDING,
             quantized=False,
             notes=("Weights only: activations are not quantised in this format.",),

@@ -121,6 +121,7 @@ def _report(
             "ratio": written.linear_bytes / full,
         },
         "reload": seen,
+        "load_dtype": written.load_dtype,
         "runs_as": list(written.runs_as),
         "notes": [*written.notes, *_missing_parts(finished, written)],
         "whole_pipeline": bool(finished.parts) and written.library != "recon",

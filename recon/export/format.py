@@ -33,6 +33,9 @@ class Written:
     """For each kind of layer, what computes it, on what hardware, or "simulation"."""
     dtype: str = "float32"
     """Floating type in which it is compared."""
+    load_dtype: str | None = None
+    """Floating type to load a pipeline of diffusers in, for its parts to fit the network; None: its
+    loader finds one itself."""
     file_tolerance: float = 0.0
     """Relative difference allowed between `network` and what is loaded."""
     run_tolerance: float = 0.0

@@ -364,7 +364,10 @@ def test_the_stock_pipeline_samples_from_an_export(tmp_path: Path) -> None:
     teacher = family.write(tmp_path / "teacher", pipeline=True, classes=1000)
     root = finished_run(tmp_path / "run", teacher, family, Recipe())
     out = export(root, "bf16")
-    assert 'DiTPipeline.from_pretrained("FOLDER")' in (out / "README.md").read_text()
+    assert (
+        'DiTPipeline.from_pretrained("FOLDER", torch_dtype=torch.bfloat16)'
+        in (out / "README.md").read_text()
+    )
     pipeline = DiTPipeline.from_pretrained(out)
     pipeline.set_progress_bar_config(disable=True)
     pictures = pipeline(class_labels=[1, 2], num_inference_steps=2).images
