@@ -61,7 +61,7 @@ def export(root: Path, name: str, out: Path | None = None, *, force: bool = Fals
         written = form.write(finished, folder)
         in_memory = reload.outputs_in_memory(written, reference)
         written = replace(written, network=None)  # the other process needs the memory
-        seen = reload.check(written, finished, reference, in_memory)
+        seen = reload.check(form, written, finished, reference, in_memory)
         if written.library != "recon":
             finished.copy_parts(folder)
         report = _report(form, finished, written, seen, folder)

@@ -139,11 +139,11 @@ def test_a_run_that_shares_its_calibration_set_is_checked_on_it(
 
 
 def _scaled(folder: Path) -> None:
-    """Multiplies every stored weight that stands for a quantised one by 1.01."""
+    """Multiplies a stored weight that stands for no quantised one by 1.01."""
     (file,) = folder.rglob("diffusion_pytorch_model.safetensors")
     tensors = load_file(file)
     for name, tensor in tensors.items():
-        if name.endswith("attn1.to_q.weight"):
+        if name == "proj_out_2.weight":
             tensor.mul_(1.01)
     save_file(tensors, file, {"format": "pt"})
 
@@ -166,9 +166,10 @@ def test_a_file_that_is_not_what_was_written_is_refused_and_removed(
 def test_weights_that_are_not_the_runs_are_refused_and_removed(
     run_of: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "recon.export.bf16.merged_weight", lambda layer: merged_weight(layer) * 1.03
-    )
+    for module in ("bf16", "layer"):
+        monkeypatch.setattr(
+            f"recon.export.{module}.merged_weight", lambda layer: merged_weight(layer) * 1.03
+        )
     with pytest.raises(ExportError, match=r"differ from recon\.load by"):
         export(run_of("dit", Recipe()), "bf16", tmp_path / "out")
     assert leftovers(tmp_path) == []
