@@ -64,9 +64,9 @@ def export(root: Path, name: str, out: Path | None = None, *, force: bool = Fals
         seen = reload.check(form, written, finished, reference, in_memory)
         if written.library != "recon":
             finished.copy_parts(folder)
-        report = _report(form, finished, written, seen, folder)
+        report = _report(form, finished, written, seen)
         (folder / "README.md").write_text(card(report, finished, written.folder == folder))
-        write_json(folder / REPORT, report)
+        _write_report(folder, report)
     return target
 
 
@@ -101,12 +101,11 @@ def _expected_bytes(form: Format, finished: Finished) -> int:
 
 
 def _report(
-    form: Format, finished: Finished, written: Written, seen: dict[str, Any], folder: Path
+    form: Format, finished: Finished, written: Written, seen: dict[str, Any]
 ) -> dict[str, Any]:
-    """The content of export.json."""
+    """The content of export.json, but for the bytes of the folder."""
     manifest = finished.native.manifest
     full = sum(2 * f["out_features"] * f["in_features"] for f in manifest["layers"].values())
-    files = [file for file in folder.rglob("*") if file.is_file()]
     return {
         "format": form.name,
         "library": written.library,
@@ -115,7 +114,6 @@ def _report(
         **finished.describing,
         "fingerprint": digest(manifest["fingerprint"]),
         "bytes": {
-            "folder": sum(file.stat().st_size for file in files),
             "quantized_linears": written.linear_bytes,
             "bf16_linears": full,
             "ratio": written.linear_bytes / full,
@@ -127,6 +125,15 @@ def _report(
         "whole_pipeline": bool(finished.parts) and written.library != "recon",
         "versions": {"recon": recon.__version__, **_versions()},
     }
+
+
+def _write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Writes export.json with the bytes of every file in the folder, of which it is one."""
+    told, counted = -1, 0
+    while told != counted:
+        told = counted
+        write_json(folder / REPORT, {**report, "bytes": {"folder": told, **report["bytes"]}})
+        counted = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _missing_parts(finished: Finished, written: Written) -> list[str]:

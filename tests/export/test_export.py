@@ -280,6 +280,14 @@ def test_a_teacher_that_is_gone_leaves_the_network_alone(own_run: Path) -> None:
     assert "transformer" in (own_run / "exports" / "bf16" / "README.md").read_text()
 
 
+def test_every_byte_of_the_folder_is_counted(own_run: Path) -> None:
+    for form in ("native", "bf16"):
+        out = export(own_run, form)
+        files = [file for file in out.rglob("*") if file.is_file()]
+        assert report(out)["bytes"]["folder"] == sum(file.stat().st_size for file in files)
+    assert {"README.md", "export.json"} <= {file.name for file in files}
+
+
 def test_an_unknown_format(own_run: Path) -> None:
     with pytest.raises(ExportError, match="'gguf', which is none of native, "):
         export(own_run, "gguf")
