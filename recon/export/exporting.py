@@ -45,9 +45,7 @@ def export(root: Path, name: str, out: Path | None = None, *, force: bool = Fals
             is taken, the disk is full, or what was written does not load as it should.
         CheckpointMismatch: The run did not finish, or its parts belong to different runs.
     """
-    form = FORMATS.get(name)
-    if form is None:
-        raise ExportError(f"--format is {name!r}, which is none of {', '.join(FORMATS)}.")
+    form = format_named(name)
     target = out or root / "exports" / name
     refuse_taken(target, force=force)
     finished = Finished.open(root)
@@ -68,6 +66,18 @@ def export(root: Path, name: str, out: Path | None = None, *, force: bool = Fals
         (folder / "README.md").write_text(card(report, finished, written.folder == folder))
         _write_report(folder, report)
     return target
+
+
+def format_named(name: str) -> Format:
+    """One of `FORMATS`.
+
+    Raises:
+        ExportError: There is none of this name.
+    """
+    form = FORMATS.get(name)
+    if form is None:
+        raise ExportError(f"--format is {name!r}, which is none of {', '.join(FORMATS)}.")
+    return form
 
 
 def refuse_misfit(form: Format, finished: Finished) -> None:
