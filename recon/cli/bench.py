@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recon.atomic import write_json
+from recon.cli.device import usable
 from recon.export.finished import Finished
 from recon.export.speed import Settings, measure, subjects
 
@@ -24,6 +25,7 @@ def bench(arguments: Sequence[str]) -> None:
     """Prints medians and ratios, and writes them to `<run folder>/bench.json`.
 
     Raises:
+        ConfigError: There is no such device.
         ExportError: There is no such export, or it does not load.
         CheckpointMismatch: The run did not finish, or its parts belong to different runs.
     """
@@ -36,7 +38,7 @@ def bench(arguments: Sequence[str]) -> None:
     parser.add_argument("--threads", type=int, help="Default: torch's.")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
-    settings = Settings(options.runs, options.steps, not options.eager, options.device)
+    settings = Settings(options.runs, options.steps, not options.eager, str(usable(options.device)))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     finished = Finished.open(options.run)

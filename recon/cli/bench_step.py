@@ -18,6 +18,7 @@ from rich.console import Console
 
 from recon.atomic import write_json
 from recon.calibration.statistics import UnitRecord
+from recon.cli.device import usable
 from recon.engine import stage_data
 from recon.engine.assembly import assembled, layer_groups
 from recon.engine.gradient import flat_gradient, hand_out
@@ -31,7 +32,7 @@ def bench_step(arguments: Sequence[str]) -> None:
     """Prints medians in seconds, ratios, and recompilations; json with --json."""
     options = _parser().parse_args(arguments)
     torch.manual_seed(0)
-    device = torch.device(options.device)
+    device = usable(options.device)
     with tempfile.TemporaryDirectory() as folder:
         adapter = _network(Path(folder), options)
         result = _measure(adapter, options, device)

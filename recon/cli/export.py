@@ -14,6 +14,7 @@ from rich.console import Console
 
 from recon.errors import ExportError
 from recon.export.exporting import export as write_export
+from recon.export.exporting import format_named
 from recon.export.folder import REPORT
 
 
@@ -34,6 +35,8 @@ def export(arguments: Sequence[str]) -> None:
             "--out names one folder, and --format several formats. Leave --out out (they go to "
             "RUN/exports), or export one after the other."
         )
+    for name in options.format:
+        format_named(name)  # before any is written
     for name in options.format:
         folder = write_export(options.run, name, options.out, force=options.force)
         _show(folder)

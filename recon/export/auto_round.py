@@ -3,7 +3,7 @@
 Source: auto-round 0.16 (`auto_round:auto_gptq`), whose loader diffusers 0.42 calls.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,14 +12,9 @@ from torch import Tensor, nn
 
 from recon.export import layer as layers_of
 from recon.export.finished import Finished
-from recon.export.format import Format, Written, public_folder
-from recon.export.layer import channel_scale, codes, group_size, obstacles, step_sizes
-from recon.export.public import (
-    floating_type,
-    plain_linear,
-    public_network,
-    write_public,
-)
+from recon.export.format import ROUNDING, Format, Written, public_folder
+from recon.export.layer import channel_scale, codes, obstacles, step_sizes
+from recon.export.public import floating_type, public_network, write_public
 from recon.layers.quant_linear import QuantLinear
 from recon.models.capabilities import FoldsScales
 from recon.quantizers.packing import pack
@@ -59,6 +54,17 @@ class AutoRound(Format):
         """As many as it has."""
         return num_bits
 
+    def as_loaded(
+        self, finished: Finished, dtype: torch.dtype
+    ) -> Iterator[tuple[str, QuantLinear]]:
+        """Step sizes by way of float16, and channel scales in those of the layers before."""
+        layers = finished.layers
+        _fold(finished, public_network(finished, layers), layers)
+        for name, layer in layers.items():
+            assert layer.scale is not None
+            layer.scale = layer.scale.half().to(dtype)
+            yield name, layer
+
     def write(self, finished: Finished, folder: Path) -> Written:
         """Every quantised weight as qweight, qzeros and scales."""
         layers = finished.layers
@@ -72,8 +78,6 @@ class AutoRound(Format):
         write_public(finished, target, {**rest, **stored}, _config(finished))
         stored_in = floating_type(rest.values())
         dtype = torch.bfloat16 if stored_in == torch.bfloat16 else torch.float16
-        for name, layer in layers.items():
-            network.set_submodule(name, plain_linear(_weight(layer, dtype), layer.bias))
         word = str(dtype).removeprefix("torch.")
         width = next(iter(layers.values())).weight_spec.num_bits
         return Written(
@@ -87,6 +91,8 @@ class AutoRound(Format):
                 "by gptqmodel) were not run here",
             ),
             dtype=word,
+            load_dtype=word,
+            folding_tolerance=ROUNDING,
             file_tolerance=TOLERANCES[word][0],
             run_tolerance=TOLERANCES[word][1],
             notes=("Step sizes are stored in float16, and the network runs in half precision.",),
@@ -185,12 +191,6 @@ def _tensors(layer: QuantLinear) -> dict[str, Tensor]:
         "qzeros": pack(zero_points, width),
         "scales": scale.T.half().contiguous(),
     }
-
-
-def _weight(layer: QuantLinear, dtype: torch.dtype) -> Tensor:
-    """The weight as the loaded layer computes it."""
-    steps = step_sizes(layer).half().to(dtype).repeat_interleave(group_size(layer), dim=1)
-    return steps * codes(layer).to(dtype)
 
 
 def _config(finished: Finished) -> dict[str, Any]:

@@ -52,10 +52,10 @@ def _loading(report: dict[str, Any], finished: Finished, at_root: bool) -> str:
     if library == "recon":
         return 'import recon\n\nnetwork = recon.load("FOLDER")'
     pipelines = finished.native.adapter.pipeline_classes
-    if report["whole_pipeline"] and pipelines:
-        name = pipelines[0]
-        return f'from {library} import {name}\n\npipeline = {name}.from_pretrained("FOLDER")'
-    inside = "" if at_root else f', subfolder="{finished.native.adapter.subfolder}"'
-    return (
-        f'from {library} import {network}\n\nnetwork = {network}.from_pretrained("FOLDER"{inside})'
-    )
+    whole = report["whole_pipeline"] and pipelines
+    inside = "" if at_root or whole else f', subfolder="{finished.native.adapter.subfolder}"'
+    name, made = (pipelines[0], "pipeline") if whole else (network, "network")
+    dtype = report["load_dtype"]
+    imported = [*([] if dtype is None else ["import torch"]), f"from {library} import {name}"]
+    given = inside if dtype is None else f"{inside}, torch_dtype=torch.{dtype}"
+    return "\n".join([*imported, "", f'{made} = {name}.from_pretrained("FOLDER"{given})'])

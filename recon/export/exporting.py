@@ -45,9 +45,7 @@ def export(root: Path, name: str, out: Path | None = None, *, force: bool = Fals
             is taken, the disk is full, or what was written does not load as it should.
         CheckpointMismatch: The run did not finish, or its parts belong to different runs.
     """
-    form = FORMATS.get(name)
-    if form is None:
-        raise ExportError(f"--format is {name!r}, which is none of {', '.join(FORMATS)}.")
+    form = format_named(name)
     target = out or root / "exports" / name
     refuse_taken(target, force=force)
     finished = Finished.open(root)
@@ -61,13 +59,25 @@ def export(root: Path, name: str, out: Path | None = None, *, force: bool = Fals
         written = form.write(finished, folder)
         in_memory = reload.outputs_in_memory(written, reference)
         written = replace(written, network=None)  # the other process needs the memory
-        seen = reload.check(written, finished, reference, in_memory)
+        seen = reload.check(form, written, finished, reference, in_memory)
         if written.library != "recon":
             finished.copy_parts(folder)
-        report = _report(form, finished, written, seen, folder)
+        report = _report(form, finished, written, seen)
         (folder / "README.md").write_text(card(report, finished, written.folder == folder))
-        write_json(folder / REPORT, report)
+        _write_report(folder, report)
     return target
+
+
+def format_named(name: str) -> Format:
+    """One of `FORMATS`.
+
+    Raises:
+        ExportError: There is none of this name.
+    """
+    form = FORMATS.get(name)
+    if form is None:
+        raise ExportError(f"--format is {name!r}, which is none of {', '.join(FORMATS)}.")
+    return form
 
 
 def refuse_misfit(form: Format, finished: Finished) -> None:
@@ -101,12 +111,11 @@ def _expected_bytes(form: Format, finished: Finished) -> int:
 
 
 def _report(
-    form: Format, finished: Finished, written: Written, seen: dict[str, Any], folder: Path
+    form: Format, finished: Finished, written: Written, seen: dict[str, Any]
 ) -> dict[str, Any]:
-    """The content of export.json."""
+    """The content of export.json, but for the bytes of the folder."""
     manifest = finished.native.manifest
     full = sum(2 * f["out_features"] * f["in_features"] for f in manifest["layers"].values())
-    files = [file for file in folder.rglob("*") if file.is_file()]
     return {
         "format": form.name,
         "library": written.library,
@@ -115,17 +124,26 @@ def _report(
         **finished.describing,
         "fingerprint": digest(manifest["fingerprint"]),
         "bytes": {
-            "folder": sum(file.stat().st_size for file in files),
             "quantized_linears": written.linear_bytes,
             "bf16_linears": full,
             "ratio": written.linear_bytes / full,
         },
         "reload": seen,
+        "load_dtype": written.load_dtype,
         "runs_as": list(written.runs_as),
         "notes": [*written.notes, *_missing_parts(finished, written)],
         "whole_pipeline": bool(finished.parts) and written.library != "recon",
         "versions": {"recon": recon.__version__, **_versions()},
     }
+
+
+def _write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Writes export.json with the bytes of every file in the folder, of which it is one."""
+    told, counted = -1, 0
+    while told != counted:
+        told = counted
+        write_json(folder / REPORT, {**report, "bytes": {"folder": told, **report["bytes"]}})
+        counted = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _missing_parts(finished: Finished, written: Written) -> list[str]:

@@ -17,9 +17,11 @@ def refuse_taken(target: Path, *, force: bool) -> None:
     """Does nothing if an export may be put there.
 
     Raises:
-        ExportError: Something is there, and it is no export, or replacing it was not asked for.
+        ExportError: Something is there, and it is no export, or replacing it was not asked for; or
+            it would lie in a file.
     """
     if not target.exists():
+        _refuse_inside_file(target)
         return
     empty = target.is_dir() and not any(target.iterdir())
     if not force and not empty:
@@ -33,15 +35,29 @@ def refuse_taken(target: Path, *, force: bool) -> None:
         )
 
 
+def _refuse_inside_file(target: Path) -> None:
+    existing = _nearest(target)
+    if not existing.is_dir():
+        raise ExportError(
+            f"{target} would lie in {existing}, which is a file and no folder. Give another --out."
+        )
+
+
+def _nearest(target: Path) -> Path:
+    """The path itself, or the nearest above it that is there."""
+    existing = target.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return existing
+
+
 def refuse_full(target: Path, needed: int) -> None:
     """Does nothing if the disk has room.
 
     Raises:
         ExportError: Names what is needed and what is free.
     """
-    existing = target.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    existing = _nearest(target)
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ExportError(

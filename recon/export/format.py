@@ -1,16 +1,18 @@
 """What a format is to the rest of this room."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import nn
 
 from recon.errors import ExportError
 from recon.export.finished import Finished
+from recon.layers.quant_linear import QuantLinear
 
 ROUNDING = 1e-5
 """Relative difference (root mean square) that float32 arithmetic in another order may leave."""
@@ -33,8 +35,14 @@ class Written:
     """For each kind of layer, what computes it, on what hardware, or "simulation"."""
     dtype: str = "float32"
     """Floating type in which it is compared."""
+    load_dtype: str | None = None
+    """Floating type to load a pipeline of diffusers in, for its parts to fit the network; None: its
+    loader finds one itself."""
     file_tolerance: float = 0.0
     """Relative difference allowed between `network` and what is loaded."""
+    folding_tolerance: float | None = None
+    """Relative difference allowed between `network` in float32 and `recon.load`, where factors were
+    moved into other tensors; None: every number stands in a layer, and is compared there."""
     run_tolerance: float = 0.0
     """Relative difference allowed between what is loaded and `recon.load`."""
     rounds_otherwise: bool = False
@@ -68,6 +76,19 @@ class Format(ABC):
     @abstractmethod
     def write(self, finished: Finished, folder: Path) -> Written:
         """Writes the network into an empty folder, as `Written.folder` or below."""
+
+    def as_loaded(
+        self, finished: Finished, dtype: torch.dtype
+    ) -> Iterator[tuple[str, QuantLinear]]:
+        """The layers of the run, one after the other, with the numbers that the loaded ones have.
+
+        By default their own: every number arrives as it is.
+
+        Args:
+            finished: The run.
+            dtype: Floating type in which they are loaded.
+        """
+        yield from finished.layers.items()
 
     def obstacles(self, finished: Finished) -> list[str]:
         """Everything that speaks against this run in this format; empty if nothing does."""

@@ -1,10 +1,12 @@
 """Loads an export through its public loader and runs it: `python -P fresh.py REQUEST.json`.
 
 Started by its path in a process of its own, and it imports nothing of recon: what it loads, anyone
-can. The request names `library`, `class`, `folder`, `dtype`, `threads`, and the files `inputs`,
-`outputs` and `facts`. The library `recon` stands for `recon.load`, the loader of the native format.
+can. A request names `library`, `class`, `folder`, `dtype`, `threads`, `layers` (whose numbers are
+told), and the files `inputs`, `outputs`, `facts`. The library `recon` stands for `recon.load`, the
+loader of the native format.
 """
 
+import hashlib
 import importlib
 import json
 import resource
@@ -19,6 +21,9 @@ from torch import Tensor, nn
 
 Call = dict[str, Any]
 """Arguments by name: tensors, or tuples of tensors."""
+
+Numbers = dict[str, str]
+"""What a layer computes with: the grid of its input in words, digests of its tensors."""
 
 
 def flattened(calls: list[Call]) -> dict[str, Tensor]:
@@ -66,6 +71,95 @@ def is_quantized(module: nn.Module) -> bool:
 def _weight(module: nn.Module) -> Tensor | None:
     # Not by attribute: some layers make a weight up when asked for it.
     return dict(module.named_parameters(recurse=False)).get("weight")
+
+
+def numbers(layer: nn.Module) -> Numbers:
+    """What a layer computes with, as its own library reads it: equal if every number is.
+
+    The weight is de-quantised, so that it does not matter how codes are packed.
+    """
+    if hasattr(layer, "qweight"):
+        return _told(_of_auto_round(layer))
+    if type(layer).__name__ == "QuantLinear":  # auto-round has one of this name, too
+        return _of_recon(layer)
+    scheme, weight = getattr(layer, "quantization_scheme", None), _weight(layer)
+    assert weight is not None
+    if scheme is not None:
+        return _of_compressed_tensors(layer, scheme.input_activations)
+    if type(weight).__module__.startswith("torchao"):
+        return _of_torchao(weight)
+    return _told(weight)
+
+
+def _told(
+    weight: Tensor,
+    grid: str = "none",
+    step: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    factors: Tensor | None = None,
+) -> Numbers:
+    """Numbers of a layer; zero-points are those of signed codes, and 0 where there is none."""
+    if step is not None and zero_point is None:
+        zero_point = torch.zeros_like(step)
+    given = {
+        "weight": weight,
+        "input step size": step,
+        "input zero-point": zero_point,
+        "factors of input channels": factors,
+    }
+    said = {name: _digest(tensor) for name, tensor in given.items() if tensor is not None}
+    return {"grid of the input": grid, **said}
+
+
+def _digest(tensor: Tensor) -> str:
+    # float32 holds every type that is stored; adding zero makes -0.0 and 0.0 the same bytes.
+    values = tensor.detach().float().flatten() + 0.0
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
+
+
+def _grid(num_bits: int, strategy: str, symmetric: bool) -> str:
+    return f"{num_bits} bits, {strategy}, {'symmetric' if symmetric else 'asymmetric'}"
+
+
+def _of_recon(layer: Any) -> Numbers:
+    spec, transform, weight = layer.activation_spec, layer.transform, layer.quantized_weight()
+    factors = None if transform is None else transform.channel_scale
+    if spec is None:
+        return _told(weight, factors=factors)
+    grid = _grid(spec.num_bits, spec.strategy, spec.symmetric)
+    fixed = None if transform is None else transform.static
+    if fixed is None:
+        return _told(weight, grid, factors=factors)
+    lowest = 0 if spec.symmetric else 1 << (spec.num_bits - 1)
+    return _told(weight, grid, fixed.step, fixed.zero_point - lowest, factors)
+
+
+def _of_torchao(weight: Any) -> Numbers:
+    values, kwargs = weight.dequantize(), getattr(weight, "act_quant_kwargs", None)
+    factors = getattr(weight, "act_pre_scale", None)
+    if kwargs is None:
+        return _told(values, factors=factors)
+    shared = {"PerRow": "token", "PerTensor": "tensor"}[type(kwargs.granularity).__name__]
+    grid = _grid(8, shared, kwargs.mapping_type.name == "SYMMETRIC")
+    return _told(values, grid, weight.act_quant_scale, weight.act_quant_zero_point, factors)
+
+
+def _of_compressed_tensors(layer: Any, inputs: Any) -> Numbers:
+    # The first call de-quantised the weight.
+    if inputs is None:
+        return _told(layer.weight)
+    grid = _grid(inputs.num_bits, inputs.strategy, inputs.symmetric)
+    step, zero_point = (getattr(layer, f"input_{key}", None) for key in ("scale", "zero_point"))
+    return _told(layer.weight, grid, step, zero_point)
+
+
+@torch.no_grad()
+def _of_auto_round(layer: Any) -> Tensor:
+    """The weight, which the layer shows only in products: that with the identity is exact."""
+    bias, layer.bias = layer.bias, None
+    shown: Tensor = layer(torch.eye(layer.infeatures, dtype=layer.scales.dtype)).T
+    layer.bias = bias
+    return shown
 
 
 def _kind(module: nn.Module) -> str:
@@ -119,6 +213,7 @@ def answer(path: str) -> None:
         "class": f"{type(network).__module__}.{type(network).__qualname__}",
         "quantized": sorted(quantized),
         "kinds": dict(Counter(quantized.values())),
+        "numbers": {name: numbers(network.get_submodule(name)) for name in request["layers"]},
         "recon_imported": "recon" in sys.modules,
         "seconds": {"load": loaded - started, "run": ran - loaded},
         "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,11 +88,16 @@ class Reference:
 
 
 def check(
-    written: Written, finished: Finished, reference: Reference, in_memory: Sequence[Tensor] | None
+    form: Format,
+    written: Written,
+    finished: Finished,
+    reference: Reference,
+    in_memory: Sequence[Tensor] | None,
 ) -> dict[str, Any]:
     """Loads what was written in a fresh process, and compares.
 
     Args:
+        form: Says what becomes of a layer's numbers.
         written: Its network is not looked at, so that it can be released before.
         finished: The run.
         reference: What the run computes.
@@ -102,8 +107,8 @@ def check(
         What was loaded, by what, and both differences, for export.json.
 
     Raises:
-        ExportError: It does not load, its layers are not the ones that were written, or its
-            outputs differ by more than the format states.
+        ExportError: It does not load, its layers are not the ones that were written, one of their
+            numbers is not the run's, or its outputs differ by more than the format states.
     """
     found, facts = _loaded(written, finished, reference)
     expected = sorted(finished.native.manifest["layers"]) if written.quantized else []
@@ -115,6 +120,7 @@ def check(
         )
     if facts["recon_imported"] and written.library != "recon":
         raise ExportError("Loading the export imported recon, so that it proves nothing.")
+    _refuse_other_numbers(form, written, finished, facts["numbers"])
     tolerance = written.run_tolerance
     if written.rounds_otherwise:
         # Two independent roundings differ by the root of 2 of what either does.
@@ -144,13 +150,50 @@ def check(
     }
 
 
+def _refuse_other_numbers(
+    form: Format, written: Written, finished: Finished, found: Mapping[str, fresh.Numbers]
+) -> None:
+    """Does nothing if the loaded layers compute with the numbers of the run, each of them.
+
+    Outputs alone do not tell: where codes fall otherwise at ties, a wrong step size hides.
+    """
+    other = []
+    for name, layer in form.as_loaded(finished, getattr(torch, written.dtype)):
+        expected, seen = fresh.numbers(layer), found[name]
+        other += [
+            f"{what} of {name}"
+            for what in {**expected, **seen}
+            if expected.get(what) != seen.get(what)
+        ]
+    if other:
+        raise ExportError(
+            f"The export was loaded with other numbers than the run's: {', '.join(other[:4])}"
+            f"{f' and {len(other) - 4} more' if len(other) > 4 else ''}. Every one must be the "
+            "same. It was removed. Please report it with the versions of the libraries; native is "
+            "exact."
+        )
+
+
 def outputs_in_memory(written: Written, reference: Reference) -> list[Tensor] | None:
-    """What the network computes before its file is read back; None if there is none."""
-    if written.network is None:
-        return None
-    dtype: torch.dtype = getattr(torch, written.dtype)
-    calls = fresh.unflattened(load_file(reference.inputs), dtype)
+    """What the network computes before its file is read back; None if there is none.
+
+    Raises:
+        ExportError: Factors were moved into other tensors, and it does not compute the same.
+    """
     network = written.network
+    if network is None:
+        return None
+    inputs, dtype = load_file(reference.inputs), getattr(torch, written.dtype)
+    if written.folding_tolerance is not None:
+        found = fresh.outputs(network, fresh.unflattened(inputs, torch.float32))
+        difference = Difference.between(found, reference.outputs, written.folding_tolerance)
+        if not difference.passes:
+            raise ExportError(
+                "With the factors of channels moved into other layers, the network's outputs "
+                f"differ from recon.load by {difference.relative:.2e} of their size; "
+                f"{difference.tolerance:.2e} is allowed. Please report it; native is exact."
+            )
+    calls = fresh.unflattened(inputs, dtype)
     return fresh.outputs(network if dtype == torch.float32 else network.to(dtype), calls)
 
 
@@ -158,11 +201,19 @@ def _loaded(
     written: Written, finished: Finished, reference: Reference
 ) -> tuple[list[Tensor], dict[str, Any]]:
     public = type(finished.empty).__name__
-    return answered(written.library, public, written.folder, written.dtype, reference.inputs)
+    layers = list(finished.native.manifest["layers"])
+    return answered(
+        written.library, public, written.folder, written.dtype, reference.inputs, layers
+    )
 
 
 def answered(
-    library: str, public: str, folder: Path, dtype: str, inputs: Path
+    library: str,
+    public: str,
+    folder: Path,
+    dtype: str,
+    inputs: Path,
+    layers: Sequence[str] = (),
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """What a process of its own loads and computes, and what it saw of it.
 
@@ -172,6 +223,7 @@ def answered(
         folder: What the loader is given.
         dtype: Floating type.
         inputs: File of calls; the folder it stands in is written to.
+        layers: Those whose numbers it tells.
 
     Raises:
         ExportError: The process failed.
@@ -184,6 +236,7 @@ def answered(
         "class": public,
         "folder": str(folder.absolute()),
         "dtype": dtype,
+        "layers": list(layers),
         "threads": torch.get_num_threads(),
         "inputs": str(inputs.absolute()),
         "outputs": str(aside),

@@ -78,6 +78,8 @@ class TorchAo(Format):
             # It multiplies by 1 / s where we divide by s, so that at ties a code may be the other
             # one; and a token's largest value is a tie, 127.5 (seen: a tenth of tokens differ).
             rounds_otherwise=integer,
+            # diffusers takes this one for the network, and float32 for the rest, unless told.
+            load_dtype="bfloat16",
         )
 
 

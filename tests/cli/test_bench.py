@@ -74,6 +74,8 @@ def test_compiled_networks_are_timed_without_samples_where_none_are_wanted(
         (("--format", "native"), "is no export. Make it with"),
         (("--format", "bf16", "--runs", "0"), "--runs must be at least 1, got 0"),
         (("--format", "bf16", "--steps", "-1"), "--steps must be at least 0, got -1"),
+        (("--format", "bf16", "--device", "cuda:99"), "'cuda:99', which torch cannot use here ("),
+        (("--format", "bf16", "--device", "gpu"), "'gpu', which torch cannot use here ("),
     ],
 )
 def test_what_cannot_be_timed_is_refused(

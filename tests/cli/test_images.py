@@ -193,3 +193,19 @@ def test_the_configuration_of_the_real_model_needs_its_folder_and_takes_one_of_i
     status, printed = recon(image_arguments(root, images, "--config", real, "--config", str(own)))
     assert status == 0, printed
     assert (root / "quantized" / "manifest.json").is_file()
+
+
+def test_the_real_model_is_fitted_for_diffusers_with_the_key_its_configuration_names(
+    recon: Call, images: Path, tmp_path: Path
+) -> None:
+    real = CONFIGS / "models" / "dit_xl_2_256.yaml"
+    key = "--model.init_args.adapter.init_args.downscale_freq_shift"
+    assert f"#   {key} 1\n" in real.read_text()
+    own = tmp_path / "own.yaml"
+    own.write_text("model: {init_args: {adapter: {init_args: {vae: null}}}}")
+    root = tmp_path / "run"
+    fit = image_arguments(root, images, "--config", str(real), "--config", str(own), key, "1")
+    status, printed = recon(fit)
+    assert status == 0, printed
+    status, printed = recon(["export", "--run", str(root), "--format", "bf16"])
+    assert status == 0, printed

@@ -14,7 +14,7 @@ from recon.export.finished import Finished
 from recon.export.format import Written
 from recon.quantizers.spec import QuantSpec
 from tests.export.conftest import Made
-from tests.export.finished_run import Recipe, bits
+from tests.export.finished_run import FAMILIES, Recipe, bits, finished_run
 from tests.export.test_export import leftovers, report
 
 pytest.importorskip("auto_round")
@@ -51,6 +51,17 @@ def test_channel_scales_of_dit_are_folded_away(name: str, run_of: Made, tmp_path
     assert not any("norm1.norm." in name or "norm3." in name for name in load_file(file))
 
 
+def test_a_bfloat16_teacher_comes_back_in_bfloat16(tmp_path: Path) -> None:
+    family = FAMILIES["dit"]
+    teacher = family.write(tmp_path / "teacher")
+    (file,) = (teacher / "transformer").glob("*.safetensors")
+    halved = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
+    save_file(halved, file, {"format": "pt"})
+    root = finished_run(tmp_path / "run", teacher, family, Recipe(scaled=FOLDABLE))
+    content = report(export(root, "auto-round"))
+    assert content["reload"]["dtype"] == content["load_dtype"] == "bfloat16"
+
+
 def test_step_sizes_that_are_not_the_runs_are_refused_and_removed(
     run_of: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,7 +77,7 @@ def test_step_sizes_that_are_not_the_runs_are_refused_and_removed(
             return written
 
     monkeypatch.setitem(exporting.FORMATS, "auto-round", Broken())
-    with pytest.raises(ExportError, match="differ from what was written by"):
+    with pytest.raises(ExportError, match=r"the run's: weight of transf.* and 10 more"):
         export(run_of("dit", Recipe()), "auto-round", tmp_path / "out")
     assert leftovers(tmp_path) == []
 

@@ -42,10 +42,12 @@ def test_several_formats_go_to_the_run_folder_and_say_what_they_are(
     ("arguments", "message"),
     [
         (["--format", "gguf"], "'gguf', which is none of native, torchao, auto-round"),
+        (["--format", "bf16", "gguf"], "'gguf', which is none of native, torchao, auto-round"),
+        (["--format", "native", "--out", "file/x"], "file, which is a file and no folder"),
         (["--format", "native", "bf16", "--out", "here"], "--out names one folder"),
         (["--format", "torchao"], "by a learned rotation"),
     ],
-    ids=["unknown", "one folder for two", "misfit"],
+    ids=["unknown", "unknown behind another", "in a file", "one folder for two", "misfit"],
 )
 def test_what_cannot_work_is_a_sentence_and_writes_nothing(
     arguments: list[str],
@@ -56,10 +58,11 @@ def test_what_cannot_work_is_a_sentence_and_writes_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     root = run_of("cogvideox", Recipe(rotated=True))
     assert message in refused(["--run", str(root), *arguments], capsys)
     assert not (root / "exports").exists()
-    assert leftovers(tmp_path) == []
+    assert leftovers(tmp_path) == ["file"]
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

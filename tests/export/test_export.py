@@ -139,11 +139,11 @@ def test_a_run_that_shares_its_calibration_set_is_checked_on_it(
 
 
 def _scaled(folder: Path) -> None:
-    """Multiplies every stored weight that stands for a quantised one by 1.01."""
+    """Multiplies a stored weight that stands for no quantised one by 1.01."""
     (file,) = folder.rglob("diffusion_pytorch_model.safetensors")
     tensors = load_file(file)
     for name, tensor in tensors.items():
-        if name.endswith("attn1.to_q.weight"):
+        if name == "proj_out_2.weight":
             tensor.mul_(1.01)
     save_file(tensors, file, {"format": "pt"})
 
@@ -166,9 +166,10 @@ def test_a_file_that_is_not_what_was_written_is_refused_and_removed(
 def test_weights_that_are_not_the_runs_are_refused_and_removed(
     run_of: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "recon.export.bf16.merged_weight", lambda layer: merged_weight(layer) * 1.03
-    )
+    for module in ("bf16", "layer"):
+        monkeypatch.setattr(
+            f"recon.export.{module}.merged_weight", lambda layer: merged_weight(layer) * 1.03
+        )
     with pytest.raises(ExportError, match=r"differ from recon\.load by"):
         export(run_of("dit", Recipe()), "bf16", tmp_path / "out")
     assert leftovers(tmp_path) == []
@@ -279,6 +280,14 @@ def test_a_teacher_that_is_gone_leaves_the_network_alone(own_run: Path) -> None:
     assert "transformer" in (own_run / "exports" / "bf16" / "README.md").read_text()
 
 
+def test_every_byte_of_the_folder_is_counted(own_run: Path) -> None:
+    for form in ("native", "bf16"):
+        out = export(own_run, form)
+        files = [file for file in out.rglob("*") if file.is_file()]
+        assert report(out)["bytes"]["folder"] == sum(file.stat().st_size for file in files)
+    assert {"README.md", "export.json"} <= {file.name for file in files}
+
+
 def test_an_unknown_format(own_run: Path) -> None:
     with pytest.raises(ExportError, match="'gguf', which is none of native, "):
         export(own_run, "gguf")
@@ -364,7 +373,10 @@ def test_the_stock_pipeline_samples_from_an_export(tmp_path: Path) -> None:
     teacher = family.write(tmp_path / "teacher", pipeline=True, classes=1000)
     root = finished_run(tmp_path / "run", teacher, family, Recipe())
     out = export(root, "bf16")
-    assert 'DiTPipeline.from_pretrained("FOLDER")' in (out / "README.md").read_text()
+    assert (
+        'DiTPipeline.from_pretrained("FOLDER", torch_dtype=torch.bfloat16)'
+        in (out / "README.md").read_text()
+    )
     pipeline = DiTPipeline.from_pretrained(out)
     pipeline.set_progress_bar_config(disable=True)
     pictures = pipeline(class_labels=[1, 2], num_inference_steps=2).images

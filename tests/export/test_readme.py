@@ -3,7 +3,9 @@
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from recon.cli import main
@@ -50,3 +52,6 @@ def test_results_load_as_the_page_says(
         "images": "DiTPipeline",
         "answers": "LlavaForConditionalGeneration",
     }
+    images: Any = named["images"]
+    pictures = images(class_labels=[1, 2], num_inference_steps=2, output_type="np").images
+    assert np.isfinite(pictures).all()
