@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from recon.atomic import write_json
 from recon.errors import BudgetError
@@ -52,7 +53,7 @@ class MemoryStreams(StreamStore):
 
     def put(self, boundary: int, stream: str, sample: int, state: State) -> None:
         """See `StreamStore.put`."""
-        kept = {name: tensor.detach().to(self._device) for name, tensor in state.items()}
+        kept = {name: _plain(tensor.detach()).to(self._device) for name, tensor in state.items()}
         if self._pinned:
             kept = {name: tensor.pin_memory() for name, tensor in kept.items()}
         self._states[boundary, stream, sample] = kept
@@ -76,6 +77,18 @@ class MemoryStreams(StreamStore):
     def close(self) -> None:
         """See `StreamStore.close`."""
         self._states.clear()
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """With the strides of its shape; a part of a larger tensor would also keep the whole of it.
+
+    A compiled step looks at strides even of axes of length 1, and would be compiled anew behind the
+    first unit.
+    """
+    strides = torch.empty(tensor.shape, device="meta").stride()
+    if tensor.stride() == strides:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 class DiskStreams(StreamStore):
