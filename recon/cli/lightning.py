@@ -28,7 +28,7 @@ from recon.callbacks.samples import MediaLogger, SampleWriter
 from recon.callbacks.step_errors import StepErrors
 from recon.callbacks.summary import RunSummary
 from recon.callbacks.tracking import RunCSVLogger, UnitTracking
-from recon.cli.arguments import run_name
+from recon.cli.arguments import run_folder, run_name
 from recon.engine.checkpoint_io import AtomicCheckpointIO
 from recon.engine.checkpoints import clear_unfinished, examined, written
 from recon.engine.checks import checks
@@ -68,7 +68,7 @@ class SavedConfig(SaveConfigCallback):
                 logger.experiment.config.update({"config": text}, allow_val_change=True)
         root = Path(trainer.default_root_dir)
         # The line that started the run, not those that continue it.
-        if not written(root) and "--run" not in self._typed:
+        if not written(root) and run_folder(self._typed) is None:
             root.mkdir(parents=True, exist_ok=True)
             line = shlex.join(["recon", *self._typed])
             (root / "command.txt").write_text(f"{line}\n", encoding="utf-8")

@@ -165,11 +165,13 @@ def _time(console: Console, plan: Plan) -> None:
 
 
 def _tail(console: Console, plan: Plan) -> None:
-    numbers = ", ".join(map(str, plan.processes_that_divide))
+    numbers = ", ".join(map(str, plan.processes_that_divide)) or "none"
+    smaller = f"a smaller model.micro_batch (it is {plan.micro_batch}) or "
     _print(
         console,
         f"Processes (one a GPU) that the batch divides among: {numbers}. Each keeps the streams of "
-        "its share; more of them need a larger model.batch_size.",
+        f"its share; more of them need {smaller if plan.micro_batch > 1 else ''}a larger "
+        "model.batch_size.",
     )
     if plan.refusals:
         _print(console, "recon fit would refuse this:")

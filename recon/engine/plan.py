@@ -108,6 +108,8 @@ class Plan:
     """Why `seconds` is None; empty where it is not."""
     processes_that_divide: list[int]
     """Numbers of processes among which the batch divides."""
+    micro_batch: int
+    """Samples of a micro-batch; above 1 a smaller one divides among more processes."""
     refusals: list[str]
     """Why a fit would be refused, one sentence each; empty if it would start."""
 
@@ -179,6 +181,7 @@ def planned(setting: Setting, *, probe: bool) -> tuple[Plan, dict[str, QuantLine
         seconds=seconds,
         why_untimed=untimed,
         processes_that_divide=_dividing(module, data),
+        micro_batch=module.micro_batch,
         refusals=refusals,
     )
     return plan, layers
