@@ -46,7 +46,10 @@ def show(plan: Plan, exports: list[Foreseen]) -> None:
     """Prints the plan; every number of bytes or seconds is an estimate."""
     console = Console()
     _head(console, plan)
-    for table in (_quantised(plan), _left(plan), _memory(plan), _disk(plan), _exports(exports)):
+    for table in (_quantised(plan), _left(plan), _memory(plan)):
+        console.print(table)
+    _uncounted(console, plan)
+    for table in (_disk(plan), _exports(exports)):
         console.print(table)
     _obstacles(console, exports)
     _time(console, plan)
@@ -122,6 +125,16 @@ def _memory(plan: Plan) -> Table:
     table.add_section()
     table.add_row("peak", size(memory.host), "" if on_cpu else size(memory.device))
     return table
+
+
+def _uncounted(console: Console, plan: Plan) -> None:
+    if plan.memory.uncounted:
+        names = ", ".join(plan.memory.uncounted)
+        _print(
+            console,
+            f"Not counted: {names}, which calibration samples with too. Each needs a config.json "
+            "in its folder that its class can be built from.",
+        )
 
 
 def _disk(plan: Plan) -> Table:

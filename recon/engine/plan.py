@@ -46,6 +46,8 @@ class Memory:
     """Host: what the allocator keeps of freed blocks, calibrated."""
     sampling: int
     """Weights that calibration's sampling holds, on the device."""
+    uncounted: list[str]
+    """Parts of the pipeline that sampling needs too, without weights or a config.json of use."""
     reconstruction: Footprint
     streams: dict[Place, int]
     """What one process's streams take in each place."""
@@ -213,7 +215,9 @@ def _memory(setting: Setting, units: list[Unit]) -> Memory:
     open_unit = footprint(module, units, data, device, setting.processes)
     streams = stream_needs(module, data, device, setting.processes)
     place = stream_place(module, streams, device, setting.root)
-    network, parts = sampling_bytes(module.adapter, device) if data.sampling.calls else (0, 0)
+    network, parts, uncounted = 0, 0, list[str]()
+    if data.sampling.calls:
+        network, parts, uncounted = sampling_bytes(module.adapter, device)
     sampling = network + parts
     held = streams[place] if place in ("device", "ram") else 0
     on_cpu = device.type == "cpu"
@@ -223,6 +227,7 @@ def _memory(setting: Setting, units: list[Unit]) -> Memory:
         libraries=setting.libraries,
         heap=HEAP,
         sampling=sampling,
+        uncounted=uncounted,
         reconstruction=open_unit,
         streams=streams,
         streams_in=place,

@@ -171,15 +171,18 @@ def test_without_weights_a_plan_is_made_all_the_same(
     folder = tmp_path / "net" / "transformer"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text((images / "transformer" / "config.json").read_text())
+    index = {"vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    (folder.parent / "model_index.json").write_text(json.dumps(index))
     line = image_arguments(tmp_path / "run", folder.parent)[1:]
     started = time.monotonic()
     status, printed = recon(["plan", *line, "--json", str(tmp_path / "plan.json")])
     assert status == 0, printed
     assert time.monotonic() - started < 20
     assert "The weights were not found: bfloat16 is assumed on disk." in printed
+    assert "Not counted: vae, which calibration samples with too." in printed
     assert "recon fit would refuse this:" in printed
     plan = json.loads((tmp_path / "plan.json").read_text())
-    assert any("model_index.json is missing" in reason for reason in plan["refusals"])
+    assert any("model_index.json names the class None" in said for said in plan["refusals"])
     assert plan["why_untimed"] == "not measured: the weights were not found"
 
 

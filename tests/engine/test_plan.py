@@ -196,6 +196,56 @@ def test_the_widest_network_is_planned_for_every_method(
     assert plan.memory.reconstruction.activations < 17_776**2 * 48
 
 
+T5_XXL = {
+    "architectures": ["T5EncoderModel"],
+    "model_type": "t5",
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_heads": 64,
+    "num_layers": 24,
+    "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
+T5_XXL_WEIGHTS = 24 * (4 * 4096**2 + 3 * 4096 * 10240 + 2 * 4096) + 32128 * 4096 + 32 * 64 + 4096
+
+
+def test_parts_that_are_sampled_with_are_counted_from_their_configs(tmp_path: Path) -> None:
+    adapter = write_config(tmp_path / "2b", "cogvideox_2b")
+    alone = plan_of(RoundToNearest(adapter=adapter), tmp_path).memory
+    assert alone.uncounted == []  # no file says that there are others
+    (tmp_path / "2b" / "text_encoder").mkdir()
+    (tmp_path / "2b" / "text_encoder" / "config.json").write_text(json.dumps(T5_XXL))
+    found = plan_of(RoundToNearest(adapter=adapter), tmp_path).memory
+    assert found.sampling - alone.sampling == 4 * T5_XXL_WEIGHTS
+    assert pytest.approx(17.7, abs=0.1) == T5_XXL_WEIGHTS * 4 / 2**30
+    assert found.host - alone.host > 9 * 2**30
+    parts = {
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+        "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
+        "vae": ["diffusers", "AutoencoderKLCogVideoX"],
+        "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
+        "safety_checker": [None, None],
+    }
+    (tmp_path / "2b" / "model_index.json").write_text(json.dumps(parts))
+    named = plan_of(RoundToNearest(adapter=adapter), tmp_path).memory
+    assert (named.uncounted, named.sampling) == (["vae"], found.sampling)
+    (tmp_path / "2b" / "vae").mkdir()
+    (tmp_path / "2b" / "vae" / "config.json").write_text('{"block_out_channels": "of no class"}')
+    assert plan_of(RoundToNearest(adapter=adapter), tmp_path).memory.uncounted == ["vae"]
+
+
+def test_a_part_takes_the_same_by_its_config_as_by_its_weights(tmp_path: Path) -> None:
+    adapter = CogVideoX(str(write_tiny_cogvideox(tmp_path, pipeline=True)))
+    by_weights = plan_of(RoundToNearest(adapter=adapter), tmp_path).memory.sampling
+    for part in ("vae", "text_encoder"):
+        for file in (tmp_path / part).glob("*.safetensors"):
+            file.unlink()
+    assert plan_of(RoundToNearest(adapter=adapter), tmp_path).memory.sampling == by_weights
+
+
 # Against what a fit does
 
 
