@@ -175,6 +175,8 @@ def _time(console: Console, plan: Plan) -> None:
         f"{span(found.reconstruction)}; a step takes {span(pace.step)} (the first "
         f"{span(pace.first_step)}), a unit's forward {span(pace.teacher)} a sample.",
     )
+    if pace.compiled:
+        _print(console, "Steps were timed uncompiled; the fit compiles them, and takes less.")
 
 
 def _tail(console: Console, plan: Plan) -> None:

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from recon.engine.reconstruction import Reconstruction
 
 
+COMPILING = 60.0
+"""Seconds of compiling a unit's step, once a run. Source: `recon.engine.assembly.compile_pays`."""
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes at the peak, estimated."""
@@ -268,7 +272,7 @@ def _extrapolated(setting: Setting, units: list[Unit], measured: Pace) -> Second
         searched = sum(stage.steps for stage in searches) * mine * measured.student / length
         learned = learning.steps * measured.step / world
         total += share * (measured.opening + passes + measured.closing + learned) + searched
-    total += max(measured.first_step - measured.step, 0.0)
+    total += max(measured.first_step - measured.step, 0.0) + COMPILING * measured.compiled
     # A pair of neighbours: the teacher through both, and past one of them.
     pairs = sum(stage.steps for stage in module.preparation())
     total += pairs * 3 * carried * measured.teacher / length

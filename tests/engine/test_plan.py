@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recon.calibration.memory import MemoryBudget
 from recon.calibration.statistics import UnitRecord
-from recon.engine import Reconstruction, stage_data
+from recon.engine import Reconstruction, probe, stage_data, thin_opening
 from recon.engine.artefacts import refuse_full
 from recon.engine.assembly import assembled, layer_groups
 from recon.engine.data import CalibrationData, Sampling
@@ -427,3 +427,51 @@ def test_a_probe_times_a_unit_and_leaves_the_method_as_it_was(
     assert not module.quantizers
     assert module.opened is None
     assert list((tmp_path / "net").parent.iterdir()) == [tmp_path / "net"]
+
+
+def test_a_probe_does_a_bounded_amount_of_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = DiT(str(write_tiny_dit(tmp_path / "net", layers=1)))
+    module = AdaRound(adapter=adapter, threads=1, batch_size=8, micro_batch=4, compile=True)
+    passed: list[int] = []
+    opened: list[int] = []
+    forward, open_unit = DiT.forward_block, AdaRound.open_unit
+
+    def counted(self: DiT, block: nn.Module, state: Any) -> Any:
+        passed.append(len(self.tokens(state)))
+        return forward(self, block, state)
+
+    def seen(self: AdaRound, unit: OpenUnit) -> Any:
+        opened.extend(m.out_features for g in unit.groups for m in g.linears.values())
+        return open_unit(self, unit)
+
+    def compiled(*unused: Any, **also: Any) -> Any:
+        raise AssertionError("a probe compiles nothing")
+
+    monkeypatch.setattr(DiT, "forward_block", counted)
+    monkeypatch.setattr(AdaRound, "open_unit", seen)
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(thin_opening, "ROWS", 8)
+    whole = probe.pace(module, Counts(), CPU)
+    assert whole.compiled
+    assert max(opened) == 2 * 8
+    of_whole = sum(passed)
+    passed.clear()
+    monkeypatch.setitem(probe.OPERATIONS, "cpu", 2 * _operations(adapter))
+    monkeypatch.setattr(probe, "SECONDS", 0.0)
+    probe.pace(module, Counts(), CPU)
+    # Two samples and the held-out one are recorded, two steps of two samples are done, and two
+    # more forwards are timed.
+    assert sum(passed) <= 3 + 2 * 2 + 2 + 3
+    assert of_whole > 5 * 8
+    monkeypatch.setitem(probe.OPERATIONS, "cpu", _operations(adapter) / 10)
+    with pytest.raises(BudgetError, match="Plan on the device of the fit"):
+        probe.pace(module, Counts(), CPU)
+
+
+def _operations(adapter: ModelAdapter) -> float:
+    """Of one sample's step."""
+    state = adapter.example_state(1, "meta", torch.float32)
+    weights = sum(out * in_ for out, in_ in adapter.linear_shapes(adapter.block_names[0]).values())
+    return 6.0 * weights * adapter.tokens(state).shape[:2].numel()
