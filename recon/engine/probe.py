@@ -117,7 +117,7 @@ def _probed(
     most = min(module.batch_size, _affordable(module, rows, device))
     probed.micro_batch = min(module.micro_batch, most)
     probed.batch_size = most // probed.micro_batch * probed.micro_batch
-    opening = ThinOpening(probed.open_unit)
+    opening = ThinOpening(probed.open_unit, probed.foreseen_layers)
     # On the object, before the class's own: a copy of any method is probed.
     vars(probed).update(
         partition=lambda: units,

@@ -470,6 +470,16 @@ def test_a_probe_does_a_bounded_amount_of_work(
         probe.pace(module, Counts(), CPU)
 
 
+def test_a_probe_factors_no_correlations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def factored(*unused: Any) -> Any:
+        raise AssertionError("GPTQ takes as long for few rows as for all")
+
+    adapter = DiT(str(write_tiny_dit(tmp_path / "net", layers=1)))
+    module = PTQ4DiT(adapter=adapter, threads=1, steps=2, rounding_start="gptq")
+    monkeypatch.setattr("recon.methods.ptq4dit.gptq_codes", factored)
+    assert plan_of(module, tmp_path, probe=True).seconds is not None
+
+
 def _operations(adapter: ModelAdapter) -> float:
     """Of one sample's step."""
     state = adapter.example_state(1, "meta", torch.float32)
