@@ -36,6 +36,8 @@ OPERATIONS = {"cpu": 2e11}
 """Of the linears in one step that is timed: seconds on two cores."""
 ACCELERATED = 1e14
 """The same on every other device."""
+FORWARDS = 3
+"""Forwards of which forward and backward take the time."""
 MOST = 3
 """Times that a single sample may exceed this."""
 
@@ -76,7 +78,7 @@ def pace(module: "Reconstruction", data: CalibrationData, device: torch.device) 
     probed, opening = _probed(module, rows, device)
     samples = _samples(probed.adapter, probed.batch_size + 1, rows, device)
     compiled = _compiles(module, rows, device)
-    stopwatch = _Stopwatch(opening, module.batch_size / probed.batch_size, compiled=compiled)
+    stopwatch = _Stopwatch(opening, (module.batch_size, module.micro_batch), compiled=compiled)
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as root:
         trainer = Trainer(
@@ -196,13 +198,13 @@ class _Stopwatch(Callback):
 
     Args:
         opening: Opens the unit.
-        scale: Samples of a step, by those of a step in the probe.
+        batch: Samples of a step of the fit, and of a micro-batch.
         compiled: Goes into the pace.
     """
 
-    def __init__(self, opening: ThinOpening, scale: float, *, compiled: bool) -> None:
+    def __init__(self, opening: ThinOpening, batch: tuple[int, int], *, compiled: bool) -> None:
         self.pace: Pace | None = None
-        self._thin, self._scale, self._compiled = opening, scale, compiled
+        self._thin, self._batch, self._compiled = opening, batch, compiled
         self._opening = 0.0
         self._ends: list[float] = []
 
@@ -232,16 +234,29 @@ class _Stopwatch(Callback):
             teacher = _timed(lambda: frontier.run(opened.teacher_blocks, state), module.device)
             closing = _timed(lambda: module.close_unit(opened), module.device)
             student = _timed(lambda: frontier.run(opened.student_blocks, state), module.device)
+        later = sorted(steps[1:] or steps)
         recorded = (module.batch_size + 1) * teacher  # what the teacher took when the unit opened
         return Pace(
             opening=max(self._opening + self._thin.spared - recorded, 0.0),
             teacher=teacher,
             student=student,
-            first_step=self._scale * steps[0],
-            step=self._scale * sorted(steps[1:] or steps)[len(steps[1:] or steps) // 2],
+            first_step=self._whole(steps[0], teacher, module),
+            step=self._whole(later[len(later) // 2], teacher, module),
             compiled=self._compiled,
             closing=closing,
         )
+
+    def _whole(self, step: float, teacher: float, module: "Reconstruction") -> float:
+        """Seconds of a step of the fit, from one of the probe.
+
+        Each micro-batch rounds the weights once, however many samples it has; forward and backward
+        of a sample are taken for three forwards.
+        """
+        batch, micro_batch = self._batch
+        pass_ = step * module.micro_batch / module.batch_size
+        samples = min(FORWARDS * module.micro_batch * teacher, pass_)
+        grown = pass_ + samples * (micro_batch / module.micro_batch - 1)
+        return grown * batch / micro_batch
 
 
 def _timed(run: Callable[[], Any], device: torch.device) -> float:

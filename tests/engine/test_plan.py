@@ -470,6 +470,19 @@ def test_a_probe_does_a_bounded_amount_of_work(
         probe.pace(module, Counts(), CPU)
 
 
+def test_a_step_of_fewer_samples_is_scaled_without_what_each_micro_batch_does_once(
+    tmp_path: Path,
+) -> None:
+    adapter = DiT(str(write_tiny_dit(tmp_path / "net", layers=1)))
+    probed = AdaRound(adapter=adapter, batch_size=2, micro_batch=2)
+    opening = thin_opening.ThinOpening(probed.open_unit, probed.foreseen_layers)
+    stopwatch = probe._Stopwatch(opening, (32, 16), compiled=False)
+    # Rounding 4 s, two samples 3 s each; two micro-batches of 16.
+    assert stopwatch._whole(10.0, 1.0, probed) == 2 * (4 + 16 * 3)
+    # Never less than the samples alone.
+    assert stopwatch._whole(4.0, 1.0, probed) == 2 * 16 * 2
+
+
 def test_a_probe_factors_no_correlations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def factored(*unused: Any) -> Any:
         raise AssertionError("GPTQ takes as long for few rows as for all")
