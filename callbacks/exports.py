@@ -16,8 +16,9 @@ FormatName = Literal["native", "torchao", "auto-round", "compressed-tensors", "b
 class ExportAtEnd(Callback):
     """Calls `recon export` once the results of a run are written, in a process of its own.
 
-    What cannot be exported leaves the run as complete as it is; the command then ends with an
-    error. Folders of `<run folder>/exports` that are there already are left alone.
+    A fit is refused where a format foreseeably cannot hold it (`recon.export.foreseen`). What
+    cannot be exported all the same leaves the run as complete as it is; the command then ends with
+    an error. Folders of `<run folder>/exports` that are there already are left alone.
 
     Args:
         formats: Of `recon export`; none: nothing is exported.

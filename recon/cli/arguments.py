@@ -7,7 +7,7 @@ from recon.errors import ConfigError
 
 
 def with_run_folder(arguments: list[str]) -> list[str]:
-    """`--run FOLDER` replaced by the folder's configuration, newest checkpoint and itself.
+    """`--run FOLDER` or `--run=FOLDER` replaced by its configuration, newest checkpoint and itself.
 
     Raises:
         ConfigError: The folder is no run folder.
@@ -18,6 +18,7 @@ def with_run_folder(arguments: list[str]) -> list[str]:
     root = run_folder(arguments)
     if root is None:
         return arguments
+    arguments = _separated(arguments)
     at = arguments.index("--run")
     config = root / "config.yaml"
     if not config.is_file():
@@ -44,13 +45,25 @@ def run_folder(arguments: Sequence[str]) -> Path | None:
 
     >>> run_folder(["plan", "--no-probe"]) is None
     True
+    >>> str(run_folder(["plan", "--run=runs/rtn"]))
+    'runs/rtn'
     """
-    if "--run" not in arguments:
+    separated = _separated(arguments)
+    if "--run" not in separated:
         return None
-    at = arguments.index("--run")
-    if at + 1 == len(arguments):
+    _, *behind = separated[separated.index("--run") :]
+    if not behind or not behind[0]:
         raise ConfigError("--run needs a run folder, such as runs/s2q_vdit.")
-    return Path(arguments[at + 1])
+    return Path(behind[0])
+
+
+def _separated(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with `--run=FOLDER` as two of them."""
+    found: list[str] = []
+    for argument in arguments:
+        name, equals, folder = argument.partition("=")
+        found += [name, folder] if name == "--run" and equals else [argument]
+    return found
 
 
 def run_name(arguments: list[str]) -> str:

@@ -6,6 +6,7 @@ import secrets
 import shlex
 import signal
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,7 +28,7 @@ from recon.callbacks.samples import MediaLogger, SampleWriter
 from recon.callbacks.step_errors import StepErrors
 from recon.callbacks.summary import RunSummary
 from recon.callbacks.tracking import RunCSVLogger, UnitTracking
-from recon.cli.arguments import run_name
+from recon.cli.arguments import run_folder, run_name
 from recon.engine.checkpoint_io import AtomicCheckpointIO
 from recon.engine.checkpoints import clear_unfinished, examined, written
 from recon.engine.checks import checks
@@ -35,6 +36,7 @@ from recon.engine.data import CalibrationData
 from recon.engine.reconstruction import Reconstruction
 from recon.engine.strategy import ReconStrategy
 from recon.errors import CheckpointMismatch, ConfigError
+from recon.export.foreseen import refuse_unexportable
 
 DESCRIPTION = """Post-training quantisation, unit by unit. `--run FOLDER` takes configuration and
 newest checkpoint from a run folder."""
@@ -66,7 +68,7 @@ class SavedConfig(SaveConfigCallback):
                 logger.experiment.config.update({"config": text}, allow_val_change=True)
         root = Path(trainer.default_root_dir)
         # The line that started the run, not those that continue it.
-        if not written(root) and "--run" not in self._typed:
+        if not written(root) and run_folder(self._typed) is None:
             root.mkdir(parents=True, exist_ok=True)
             line = shlex.join(["recon", *self._typed])
             (root / "command.txt").write_text(f"{line}\n", encoding="utf-8")
@@ -148,8 +150,8 @@ class ReconCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuses what cannot work, while nothing has been written."""
-        module, data = self.parts()
-        for check in checks(self.trainer, module, data):
+        module, _ = self.parts()
+        for check in self.checks():
             check()
         self._checkpoint = self._resolved(required=False)
         if self._checkpoint is None:
@@ -174,6 +176,13 @@ class ReconCLI(LightningCLI):
         assert isinstance(self.model, Reconstruction)
         assert isinstance(self.datamodule, CalibrationData)
         return self.model, self.datamodule
+
+    def checks(self) -> Iterator[Callable[[], None]]:
+        """What a fit is asked before it starts, as `recon.engine.checks`, and of its exports."""
+        module, data = self.parts()
+        yield from checks(self.trainer, module, data)
+        formats: Sequence[str] = self._get(self.config_init, "export").formats
+        yield lambda: refuse_unexportable(module, formats)
 
     def _refuse_taken(self) -> None:
         root = Path(self.trainer.default_root_dir)

@@ -20,7 +20,6 @@ from recon.atomic import write_json
 from recon.cli.arguments import run_folder, with_run_folder
 from recon.cli.lightning import prepared
 from recon.cli.plan_tables import show
-from recon.engine.checks import checks
 from recon.engine.plan import Setting, planned
 from recon.export.foreseen import foreseen_exports
 from recon.models.adapter import ModelAdapter
@@ -42,7 +41,7 @@ def plan(arguments: Sequence[str]) -> None:
         device=trainer.strategy.root_device,
         root=Path(trainer.default_root_dir),
         processes=trainer.num_devices * trainer.num_nodes,
-        checks=checks(trainer, module, data),
+        checks=line.checks(),
         libraries=library_bytes(module.adapter),
     )
     found, layers = planned(setting, probe=options.probe)

@@ -46,7 +46,10 @@ def show(plan: Plan, exports: list[Foreseen]) -> None:
     """Prints the plan; every number of bytes or seconds is an estimate."""
     console = Console()
     _head(console, plan)
-    for table in (_quantised(plan), _left(plan), _memory(plan), _disk(plan), _exports(exports)):
+    for table in (_quantised(plan), _left(plan), _memory(plan)):
+        console.print(table)
+    _uncounted(console, plan)
+    for table in (_disk(plan), _exports(exports)):
         console.print(table)
     _obstacles(console, exports)
     _time(console, plan)
@@ -124,6 +127,16 @@ def _memory(plan: Plan) -> Table:
     return table
 
 
+def _uncounted(console: Console, plan: Plan) -> None:
+    if plan.memory.uncounted:
+        names = ", ".join(plan.memory.uncounted)
+        _print(
+            console,
+            f"Not counted: {names}, which calibration samples with too. Each needs a config.json "
+            "in its folder that its class can be built from.",
+        )
+
+
 def _disk(plan: Plan) -> Table:
     disk, files = plan.disk, plan.disk.artefacts
     table = _table("Disk (estimates)", "", "bytes")
@@ -162,14 +175,18 @@ def _time(console: Console, plan: Plan) -> None:
         f"{span(found.reconstruction)}; a step takes {span(pace.step)} (the first "
         f"{span(pace.first_step)}), a unit's forward {span(pace.teacher)} a sample.",
     )
+    if pace.compiled:
+        _print(console, "Steps were timed uncompiled; the fit compiles them, and takes less.")
 
 
 def _tail(console: Console, plan: Plan) -> None:
-    numbers = ", ".join(map(str, plan.processes_that_divide))
+    numbers = ", ".join(map(str, plan.processes_that_divide)) or "none"
+    smaller = f"a smaller model.micro_batch (it is {plan.micro_batch}) or "
     _print(
         console,
         f"Processes (one a GPU) that the batch divides among: {numbers}. Each keeps the streams of "
-        "its share; more of them need a larger model.batch_size.",
+        f"its share; more of them need {smaller if plan.micro_batch > 1 else ''}a larger "
+        "model.batch_size.",
     )
     if plan.refusals:
         _print(console, "recon fit would refuse this:")

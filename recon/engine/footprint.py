@@ -25,7 +25,7 @@ from recon.layers.quant_linear import QuantLinear
 from recon.layers.transform import InputTransform
 from recon.layers.tree import shared_copy
 from recon.models.adapter import ModelAdapter
-from recon.models.weights import WeightStore
+from recon.models.components import elements_beside
 
 if TYPE_CHECKING:
     from recon.engine.reconstruction import Reconstruction
@@ -70,20 +70,19 @@ class Footprint:
         return sum(asdict(self).values())
 
 
-def sampling_bytes(adapter: ModelAdapter, device: torch.device) -> tuple[int, int]:
+def sampling_bytes(adapter: ModelAdapter, device: torch.device) -> tuple[int, int, list[str]]:
     """Bytes of the weights that calibration samples with: of the network, and of all beside it.
 
     The network is read tensor by tensor to its device; other parts are loaded on the host first.
+
+    Returns:
+        Both, and the names of parts that cannot be counted.
     """
     itemsize = adapter.compute_dtype(device).itemsize
     network = sum(p.numel() for p in adapter.empty_network().parameters())
-    folders = sorted(adapter.folder.iterdir()) if adapter.subfolder else []
-    beside = sum(
-        WeightStore(folder).elements()
-        for folder in folders
-        if folder != adapter.network_folder and any(folder.glob("*.safetensors"))
-    )
-    return network * itemsize, beside * itemsize
+    inside = adapter.subfolder
+    beside, unknown = elements_beside(adapter.folder, inside) if inside else (0, [])
+    return network * itemsize, beside * itemsize, unknown
 
 
 def stream_needs(

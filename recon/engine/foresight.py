@@ -50,7 +50,8 @@ def closed_layers(module: "Reconstruction", units: list[Unit]) -> dict[str, Quan
     Blocks with linears of the same names and shapes are opened once. Numbers mean nothing.
 
     Returns:
-        Layers by full dotted name; their codes and step sizes are one number, repeated.
+        Layers by full dotted name; their codes and step sizes are one number, repeated. Shares of
+        a token's range that the run is still to find are NaN.
     """
     templates: dict[object, dict[str, Tensor]] = {}
     closed: dict[str, QuantLinear] = {}
@@ -140,12 +141,24 @@ def _saved(module: "Reconstruction", block: str, groups: list[LayerGroup]) -> di
     """State of a block's closed layers, `ROWS` outputs each, by name within the block."""
     layers = _trial(module, Unit(block, (block,)), groups)
     for layer in layers.values():
+        learned = _learns_share(layer)
         layer.close_as_rounded()
+        clip = layer.activation_clip
+        if clip is not None and (learned or bool((clip != 1).any())):
+            clip.fill_(torch.nan)
     return {
         f"{name.removeprefix(block)}.{key}": tensor
         for name, layer in layers.items()
         for key, tensor in layer.state_dict().items()
     }
+
+
+def _learns_share(layer: QuantLinear) -> bool:
+    """Whether training moves the share of a token's range that is kept."""
+    found = layer.activation_range
+    return layer.activation_clip_logits is not None or (
+        found is not None and found.log_factor is not None
+    )
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ def crowded(adapter: ModelAdapter, device: torch.device) -> bool:
     """Whether the forms would take more of an accelerator than their share; never of a CPU."""
     if device.type != "cuda":
         return False
-    network, beside = sampling_bytes(adapter, device)
+    network, beside, _ = sampling_bytes(adapter, device)
     held = FORMS * network + beside
     return held > SHARE * torch.cuda.get_device_properties(device).total_memory
 

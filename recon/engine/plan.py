@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from recon.engine.reconstruction import Reconstruction
 
 
+COMPILING = 60.0
+"""Seconds of compiling a unit's step, once a run. Source: `recon.engine.assembly.compile_pays`."""
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes at the peak, estimated."""
@@ -46,6 +50,8 @@ class Memory:
     """Host: what the allocator keeps of freed blocks, calibrated."""
     sampling: int
     """Weights that calibration's sampling holds, on the device."""
+    uncounted: list[str]
+    """Parts of the pipeline that sampling needs too, without weights or a config.json of use."""
     reconstruction: Footprint
     streams: dict[Place, int]
     """What one process's streams take in each place."""
@@ -108,6 +114,8 @@ class Plan:
     """Why `seconds` is None; empty where it is not."""
     processes_that_divide: list[int]
     """Numbers of processes among which the batch divides."""
+    micro_batch: int
+    """Samples of a micro-batch; above 1 a smaller one divides among more processes."""
     refusals: list[str]
     """Why a fit would be refused, one sentence each; empty if it would start."""
 
@@ -179,6 +187,7 @@ def planned(setting: Setting, *, probe: bool) -> tuple[Plan, dict[str, QuantLine
         seconds=seconds,
         why_untimed=untimed,
         processes_that_divide=_dividing(module, data),
+        micro_batch=module.micro_batch,
         refusals=refusals,
     )
     return plan, layers
@@ -210,7 +219,9 @@ def _memory(setting: Setting, units: list[Unit]) -> Memory:
     open_unit = footprint(module, units, data, device, setting.processes)
     streams = stream_needs(module, data, device, setting.processes)
     place = stream_place(module, streams, device, setting.root, setting.processes)
-    network, parts = sampling_bytes(module.adapter, device) if data.sampling.calls else (0, 0)
+    network, parts, uncounted = 0, 0, list[str]()
+    if data.sampling.calls:
+        network, parts, uncounted = sampling_bytes(module.adapter, device)
     sampling = network + parts
     held = streams[place] if place in ("device", "ram") else 0
     on_cpu = device.type == "cpu"
@@ -220,6 +231,7 @@ def _memory(setting: Setting, units: list[Unit]) -> Memory:
         libraries=setting.libraries,
         heap=HEAP,
         sampling=sampling,
+        uncounted=uncounted,
         reconstruction=open_unit,
         streams=streams,
         streams_in=place,
@@ -260,7 +272,7 @@ def _extrapolated(setting: Setting, units: list[Unit], measured: Pace) -> Second
         searched = sum(stage.steps for stage in searches) * mine * measured.student / length
         learned = learning.steps * measured.step / world
         total += share * (measured.opening + passes + measured.closing + learned) + searched
-    total += max(measured.first_step - measured.step, 0.0)
+    total += max(measured.first_step - measured.step, 0.0) + COMPILING * measured.compiled
     # A pair of neighbours: the teacher through both, and past one of them.
     pairs = sum(stage.steps for stage in module.preparation())
     total += pairs * 3 * carried * measured.teacher / length

@@ -1,7 +1,9 @@
 """A few steps of one unit on random inputs, timed: what a fit will take.
 
-The probe is an ordinary fit of one process, on the configured device, threads and compilation,
-whose calibration set is a batch of random samples; it is stopped after a few steps.
+The probe is an ordinary fit of one process, on the configured device and threads, whose calibration
+set is a batch of random samples, or fewer where the device is slow; it is stopped after a few
+steps. Nothing is compiled, which alone takes a minute, and opening looks at a few rows of each
+weight.
 """
 
 import copy
@@ -18,6 +20,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from recon.calibration.artefact import CalibrationSet, Samples
 from recon.engine import walk
 from recon.engine.data import CalibrationData
+from recon.engine.thin_opening import ThinOpening
+from recon.errors import BudgetError
 from recon.models.adapter import ModelAdapter
 from recon.types import Sample
 
@@ -25,7 +29,17 @@ if TYPE_CHECKING:
     from recon.engine.reconstruction import Reconstruction
 
 STEPS = 4
-"""Timed steps, behind a first one that compiles and allocates."""
+"""Timed steps, behind a first one that allocates."""
+SECONDS = 3.0
+"""After so many of stepping the step that is under way is the last, but for a first one."""
+OPERATIONS = {"cpu": 2e11}
+"""Of the linears in one step that is timed: seconds on two cores."""
+ACCELERATED = 1e14
+"""The same on every other device."""
+FORWARDS = 3
+"""Forwards of which forward and backward take the time."""
+MOST = 3
+"""Times that a single sample may exceed this."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +53,11 @@ class Pace:
     student: float
     """One sample through the quantised unit."""
     first_step: float
-    """With compilation, where there is any."""
+    """With what it allocates."""
     step: float
-    """A later step, of the whole batch."""
+    """A later step, scaled to the whole batch; not compiled."""
+    compiled: bool
+    """Whether the fit compiles its steps."""
     closing: float
     """Folding and rounding."""
 
@@ -55,11 +71,14 @@ def pace(module: "Reconstruction", data: CalibrationData, device: torch.device) 
         device: Where units run.
 
     Raises:
+        BudgetError: A single sample is more than the device does in seconds.
         ReconError: As a fit.
     """
-    probed = _probed(module, data.sample_counts[2], device)
-    samples = _samples(probed.adapter, module.batch_size + 1, data.sample_counts[2], device)
-    stopwatch = _Stopwatch(module.batch_size + 1)
+    rows = data.sample_counts[2]
+    probed, opening = _probed(module, rows, device)
+    samples = _samples(probed.adapter, probed.batch_size + 1, rows, device)
+    compiled = _compiles(module, rows, device)
+    stopwatch = _Stopwatch(opening, (module.batch_size, module.micro_batch), compiled=compiled)
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as root:
         trainer = Trainer(
@@ -78,7 +97,7 @@ def pace(module: "Reconstruction", data: CalibrationData, device: torch.device) 
             callbacks=[stopwatch],
         )
         try:
-            trainer.fit(probed, _RandomData(samples, data.sample_counts[2], Path(root)))
+            trainer.fit(probed, _RandomData(samples, rows, Path(root)))
         except _EnoughError:
             pass
         finally:
@@ -87,26 +106,52 @@ def pace(module: "Reconstruction", data: CalibrationData, device: torch.device) 
     return stopwatch.pace
 
 
-def _probed(module: "Reconstruction", rows: int, device: torch.device) -> "Reconstruction":
+def _probed(
+    module: "Reconstruction", rows: int, device: torch.device
+) -> tuple["Reconstruction", ThinOpening]:
     """A copy with the same unit first, whose one stage is the last of it, where something learns.
 
     A search before it would be run over all samples; nothing of it is needed to time a step.
     """
     units, stages = module.foreseen_units(), module.unit_stages
-    compiled = module.compile_choice
-    if compiled == "auto":
-        adapter = module.adapter
-        state = adapter.example_state(rows, "meta", adapter.compute_dtype(device))
-        compiled = walk.compiling_pays(module, state, device)
     probed = copy.deepcopy(module)
-    probed.units, probed.compile_choice = [], compiled
+    probed.units, probed.compile_choice = [], False
+    most = min(module.batch_size, _affordable(module, rows, device))
+    probed.micro_batch = min(module.micro_batch, most)
+    probed.batch_size = most // probed.micro_batch * probed.micro_batch
+    opening = ThinOpening(probed.open_unit, probed.foreseen_layers)
     # On the object, before the class's own: a copy of any method is probed.
     vars(probed).update(
         partition=lambda: units,
         preparation=lambda: [],
         unit_stages=lambda unit: stages(unit)[-1:],
+        open_unit=opening,
     )
-    return probed
+    return probed, opening
+
+
+def _affordable(module: "Reconstruction", rows: int, device: torch.device) -> int:
+    """Samples of a step that the device does in seconds."""
+    adapter, limit = module.adapter, OPERATIONS.get(device.type, ACCELERATED)
+    state = adapter.example_state(rows, "meta", adapter.compute_dtype(device))
+    unit = max(module.foreseen_units(), key=lambda one: len(one.blocks))
+    shapes = [s for name in unit.blocks for s in adapter.linear_shapes(name).values()]
+    # Forward and backward are about 6 operations a weight and token.
+    each = 6.0 * sum(out * in_ for out, in_ in shapes) * adapter.tokens(state).shape[:2].numel()
+    if each > MOST * limit:
+        raise BudgetError(
+            f"a step of one sample takes {each:.0e} operations, and a probe on {device} may take "
+            f"{MOST * limit:.0e}. Plan on the device of the fit."
+        )
+    return max(1, int(limit / each))
+
+
+def _compiles(module: "Reconstruction", rows: int, device: torch.device) -> bool:
+    if module.compile_choice != "auto":
+        return module.compile_choice
+    adapter = module.adapter
+    state = adapter.example_state(rows, "meta", adapter.compute_dtype(device))
+    return walk.compiling_pays(module, state, device)
 
 
 def _samples(adapter: ModelAdapter, count: int, rows: int, device: torch.device) -> list[Sample]:
@@ -152,12 +197,14 @@ class _Stopwatch(Callback):
     """Times the parts of the first unit, then stops the fit.
 
     Args:
-        samples: How many the teacher has passed when the unit is open.
+        opening: Opens the unit.
+        batch: Samples of a step of the fit, and of a micro-batch.
+        compiled: Goes into the pace.
     """
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, opening: ThinOpening, batch: tuple[int, int], *, compiled: bool) -> None:
         self.pace: Pace | None = None
-        self._samples = samples
+        self._thin, self._batch, self._compiled = opening, batch, compiled
         self._opening = 0.0
         self._ends: list[float] = []
 
@@ -173,7 +220,8 @@ class _Stopwatch(Callback):
     ) -> None:
         """Lightning: a step is done."""
         self._ends.append(_now(pl_module.device))
-        if len(self._ends) > STEPS + 1 or trainer.is_last_batch:
+        spent = len(self._ends) > 2 and self._ends[-1] - self._ends[0] > SECONDS
+        if len(self._ends) > STEPS + 1 or spent or trainer.is_last_batch:
             self.pace = self._conclude(cast("Reconstruction", pl_module))
             raise _EnoughError
 
@@ -186,14 +234,29 @@ class _Stopwatch(Callback):
             teacher = _timed(lambda: frontier.run(opened.teacher_blocks, state), module.device)
             closing = _timed(lambda: module.close_unit(opened), module.device)
             student = _timed(lambda: frontier.run(opened.student_blocks, state), module.device)
+        later = sorted(steps[1:] or steps)
+        recorded = (module.batch_size + 1) * teacher  # what the teacher took when the unit opened
         return Pace(
-            opening=max(self._opening - self._samples * teacher, 0.0),
+            opening=max(self._opening + self._thin.spared - recorded, 0.0),
             teacher=teacher,
             student=student,
-            first_step=steps[0],
-            step=sorted(steps[1:] or steps)[len(steps[1:] or steps) // 2],
+            first_step=self._whole(steps[0], teacher, module),
+            step=self._whole(later[len(later) // 2], teacher, module),
+            compiled=self._compiled,
             closing=closing,
         )
+
+    def _whole(self, step: float, teacher: float, module: "Reconstruction") -> float:
+        """Seconds of a step of the fit, from one of the probe.
+
+        Each micro-batch rounds the weights once, however many samples it has; forward and backward
+        of a sample are taken for three forwards.
+        """
+        batch, micro_batch = self._batch
+        pass_ = step * module.micro_batch / module.batch_size
+        samples = min(FORWARDS * module.micro_batch * teacher, pass_)
+        grown = pass_ + samples * (micro_batch / module.micro_batch - 1)
+        return grown * batch / micro_batch
 
 
 def _timed(run: Callable[[], Any], device: torch.device) -> float:

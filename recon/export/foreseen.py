@@ -1,6 +1,6 @@
 """Size of each export of a run that is still to be made, or what speaks against it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,10 +8,12 @@ from torch import device as Device  # noqa: N812 - a type here
 
 from recon.engine.artefacts import unquantized_bytes
 from recon.engine.attention import quantized_names
+from recon.engine.foresight import closed_layers
 from recon.engine.native import Native
 from recon.engine.reconstruction import Reconstruction
 from recon.engine.result import linear_bytes
 from recon.engine.stem_and_head import copies
+from recon.errors import ExportError
 from recon.export.exporting import FORMATS
 from recon.export.finished import Finished
 from recon.export.format import Format
@@ -65,6 +67,32 @@ def foreseen_exports(module: Reconstruction, layers: dict[str, QuantLinear]) -> 
         )
         for form in FORMATS.values()
     ]
+
+
+def refuse_unexportable(module: Reconstruction, names: Sequence[str]) -> None:
+    """Does nothing if a fit may end with an export in each of these formats.
+
+    Args:
+        module: The method.
+        names: What `export.formats` holds.
+
+    Raises:
+        ExportError: The packages of a format are missing, or it would not hold the run.
+    """
+    if not names:
+        return
+    for name in names:
+        FORMATS[name].require_packages()
+    found = foreseen_exports(module, closed_layers(module, module.foreseen_units()))
+    refused = {e.format: e.obstacles for e in found if e.format in names and e.obstacles}
+    if not refused:
+        return
+    reasons = "; ".join(f"{name}: {'. '.join(said)}" for name, said in refused.items())
+    holding = ", ".join(export.format for export in found if not export.obstacles)
+    raise ExportError(
+        f"export.formats names {', '.join(refused)}, which cannot hold what this fit would leave "
+        f"({reasons}). Formats that can: {holding}. Leave the others out of export.formats."
+    )
 
 
 def _bytes(

@@ -1,5 +1,6 @@
 """A closed layer as plain numbers: what a format has to hold."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 
@@ -84,10 +85,10 @@ def clipped(layer: QuantLinear) -> str | None:
     if layer.activation_spec is None or clip is None or bool((clip == 1).all()):
         return None
     upper, lower = clip.tolist()
-    return (
-        f"quantises tokens on a learned share of their range ({upper:.3f} of the maximum, "
-        f"{lower:.3f} of the minimum)"
-    )
+    reason = "quantises tokens on a learned share of their range"
+    if math.isnan(upper):  # of a run that is still to be made
+        return reason
+    return f"{reason} ({upper:.3f} of the maximum, {lower:.3f} of the minimum)"
 
 
 def otherwise_ranged(layer: QuantLinear) -> str | None:

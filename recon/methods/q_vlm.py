@@ -225,11 +225,14 @@ class QVLM(StagedReconstruction):
         return layers
 
     def foreseen_layers(self, unit: OpenUnit) -> dict[str, QuantLinear]:
-        """As they stand when the search has ended and rounding is learned."""
+        """As they stand when the search has ended, on the narrowest ranges, and rounding learns."""
         unit.layers = self.open_unit(unit)
-        if self.rounding != "none":
-            widest = {name: 0 for names in site_names(self, unit.unit) for name in names}
-            let_learn(self, unit, widest)
+        last = len(self.shares) - 1
+        narrowest = {name: last for names in site_names(self, unit.unit) for name in names}
+        if rounding_behind_search.stages(self):
+            let_learn(self, unit, narrowest)
+        else:
+            self.sites.place(unit, narrowest, None)
         return unit.layers
 
     # Stages: joint search (eqs 2 and 3), then learned rounding (ours) -----------------------------

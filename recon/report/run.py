@@ -77,7 +77,12 @@ class Run:
     @cached_property
     def evaluation(self) -> dict[str, Any]:
         """test.json, or validate.json where there is no test; empty without either."""
-        return self.json("test.json") or self.json("validate.json")
+        return self.json(f"{self.evaluated}.json")
+
+    @property
+    def evaluated(self) -> str:
+        """The command that made `evaluation`."""
+        return "test" if (self.root / "test.json").is_file() else "validate"
 
     @cached_property
     def config_text(self) -> str:

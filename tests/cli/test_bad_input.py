@@ -32,6 +32,8 @@ KEYS = [
     ("--trainer.max_epochs", "3", "trainer.max_epochs is 3"),
     ("--trainer.limit_train_batches", "0.5", "trainer.limit_train_batches is 0.5"),
     ("--model.memory", "{device: 0, ram: 0, disk: 1000}", "memory.disk allows 1,000 of"),
+    ("--export.formats", "[auto-round]", "export.formats names auto-round, which cannot hold"),
+    ("--export.formats", "[onnx]", "Got value: onnx"),
     ("--model.memory.ram", "lots", "'lots' is no number of bytes"),
 ]
 

@@ -75,6 +75,8 @@ def test_a_run_folder_that_was_moved_is_still_a_run_folder(tmp_path: Path) -> No
         *("--ckpt_path", "last"),
         *("--data.steps", "3"),
     ]
+    joined = with_run_folder(["test", f"--run={tmp_path}", "--data.steps", "3"])
+    assert joined == with_run_folder(["test", "--run", str(tmp_path), "--data.steps", "3"])
     chosen = with_run_folder(["fit", "--run", str(tmp_path), "--ckpt_path", "a.ckpt"])
     assert chosen.count("--ckpt_path") == 1
 

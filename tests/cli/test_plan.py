@@ -148,7 +148,7 @@ def test_the_plan_of_a_run_stays_with_it_and_is_in_its_page(
 ) -> None:
     root = tmp_path / "run"
     shutil.copytree(finished_run, root)
-    status, printed = recon(["plan", "--run", str(root), "--no-probe"])
+    status, printed = recon(["plan", f"--run={root}", "--no-probe"])
     assert status == 0, printed
     plan = json.loads((root / "plan.json").read_text())
     summary = json.loads((root / "summary.json").read_text())
@@ -161,7 +161,8 @@ def test_the_plan_of_a_run_stays_with_it_and_is_in_its_page(
         [plan["disk"]["artefacts"]["quantized"]], [size_of(root / "quantized")]
     ]  # fmt: skip
     assert "calibration" not in rows  # no time was measured
-    assert recon(["plan", "--run"])[0] == 2
+    for unnamed in ("--run", "--run="):
+        assert recon(["plan", unnamed])[0] == 2
 
 
 def test_without_weights_a_plan_is_made_all_the_same(
@@ -170,16 +171,37 @@ def test_without_weights_a_plan_is_made_all_the_same(
     folder = tmp_path / "net" / "transformer"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text((images / "transformer" / "config.json").read_text())
+    index = {"vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    (folder.parent / "model_index.json").write_text(json.dumps(index))
     line = image_arguments(tmp_path / "run", folder.parent)[1:]
     started = time.monotonic()
     status, printed = recon(["plan", *line, "--json", str(tmp_path / "plan.json")])
     assert status == 0, printed
     assert time.monotonic() - started < 20
     assert "The weights were not found: bfloat16 is assumed on disk." in printed
+    assert "Not counted: vae, which calibration samples with too." in printed
     assert "recon fit would refuse this:" in printed
     plan = json.loads((tmp_path / "plan.json").read_text())
-    assert any("model_index.json is missing" in reason for reason in plan["refusals"])
+    assert any("model_index.json names the class None" in said for said in plan["refusals"])
     assert plan["why_untimed"] == "not measured: the weights were not found"
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "said"),
+    [
+        ("4", "among: 1. Each keeps the streams of its share; more of them need a smaller "
+              "model.micro_batch (it is 4) or a larger model.batch_size."),
+        ("1", "among: 1, 2, 4. Each keeps the streams of its share; more of them need a larger "
+              "model.batch_size."),
+    ],
+)  # fmt: skip
+def test_what_keeps_the_batch_from_more_processes_is_named(
+    micro_batch: str, said: str, recon: Call, images: Path, tmp_path: Path
+) -> None:
+    line = image_arguments(tmp_path / "run", images)[1:]
+    status, printed = recon(["plan", *line, "--model.micro_batch", micro_batch, "--no-probe"])
+    assert status == 0, printed
+    assert said in " ".join(printed.split())
 
 
 def test_a_plan_of_no_network_is_refused(recon: Call, pipeline: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recon.calibration.memory import MemoryBudget
 from recon.calibration.statistics import UnitRecord
-from recon.engine import Reconstruction, stage_data
+from recon.engine import Reconstruction, probe, stage_data, thin_opening
 from recon.engine.artefacts import refuse_full
 from recon.engine.assembly import assembled, layer_groups
 from recon.engine.data import CalibrationData, Sampling
@@ -220,6 +220,56 @@ def test_a_given_size_is_what_is_planned(tmp_path: Path) -> None:
     assert plan.memory.streams["ram"] == stream * (4 * 56 + 2 * 16)
 
 
+T5_XXL = {
+    "architectures": ["T5EncoderModel"],
+    "model_type": "t5",
+    "d_model": 4096,
+    "d_ff": 10240,
+    "d_kv": 64,
+    "num_heads": 64,
+    "num_layers": 24,
+    "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+}
+T5_XXL_WEIGHTS = 24 * (4 * 4096**2 + 3 * 4096 * 10240 + 2 * 4096) + 32128 * 4096 + 32 * 64 + 4096
+
+
+def test_parts_that_are_sampled_with_are_counted_from_their_configs(tmp_path: Path) -> None:
+    adapter = write_config(tmp_path / "2b", "cogvideox_2b")
+    alone = plan_of(RoundToNearest(adapter=adapter), tmp_path).memory
+    assert alone.uncounted == []  # no file says that there are others
+    (tmp_path / "2b" / "text_encoder").mkdir()
+    (tmp_path / "2b" / "text_encoder" / "config.json").write_text(json.dumps(T5_XXL))
+    found = plan_of(RoundToNearest(adapter=adapter), tmp_path).memory
+    assert found.sampling - alone.sampling == 4 * T5_XXL_WEIGHTS
+    assert pytest.approx(17.7, abs=0.1) == T5_XXL_WEIGHTS * 4 / 2**30
+    assert found.host - alone.host > 9 * 2**30
+    parts = {
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+        "scheduler": ["diffusers", "CogVideoXDDIMScheduler"],
+        "vae": ["diffusers", "AutoencoderKLCogVideoX"],
+        "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
+        "safety_checker": [None, None],
+    }
+    (tmp_path / "2b" / "model_index.json").write_text(json.dumps(parts))
+    named = plan_of(RoundToNearest(adapter=adapter), tmp_path).memory
+    assert (named.uncounted, named.sampling) == (["vae"], found.sampling)
+    (tmp_path / "2b" / "vae").mkdir()
+    (tmp_path / "2b" / "vae" / "config.json").write_text('{"block_out_channels": "of no class"}')
+    assert plan_of(RoundToNearest(adapter=adapter), tmp_path).memory.uncounted == ["vae"]
+
+
+def test_a_part_takes_the_same_by_its_config_as_by_its_weights(tmp_path: Path) -> None:
+    adapter = CogVideoX(str(write_tiny_cogvideox(tmp_path, pipeline=True)))
+    by_weights = plan_of(RoundToNearest(adapter=adapter), tmp_path).memory.sampling
+    for part in ("vae", "text_encoder"):
+        for file in (tmp_path / part).glob("*.safetensors"):
+            file.unlink()
+    assert plan_of(RoundToNearest(adapter=adapter), tmp_path).memory.sampling == by_weights
+
+
 # Against what a fit does
 
 
@@ -401,3 +451,74 @@ def test_a_probe_times_a_unit_and_leaves_the_method_as_it_was(
     assert not module.quantizers
     assert module.opened is None
     assert list((tmp_path / "net").parent.iterdir()) == [tmp_path / "net"]
+
+
+def test_a_probe_does_a_bounded_amount_of_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = DiT(str(write_tiny_dit(tmp_path / "net", layers=1)))
+    module = AdaRound(adapter=adapter, threads=1, batch_size=8, micro_batch=4, compile=True)
+    passed: list[int] = []
+    opened: list[int] = []
+    forward, open_unit = DiT.forward_block, AdaRound.open_unit
+
+    def counted(self: DiT, block: nn.Module, state: Any) -> Any:
+        passed.append(len(self.tokens(state)))
+        return forward(self, block, state)
+
+    def seen(self: AdaRound, unit: OpenUnit) -> Any:
+        opened.extend(m.out_features for g in unit.groups for m in g.linears.values())
+        return open_unit(self, unit)
+
+    def compiled(*unused: Any, **also: Any) -> Any:
+        raise AssertionError("a probe compiles nothing")
+
+    monkeypatch.setattr(DiT, "forward_block", counted)
+    monkeypatch.setattr(AdaRound, "open_unit", seen)
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(thin_opening, "ROWS", 8)
+    whole = probe.pace(module, Counts(), CPU)
+    assert whole.compiled
+    assert max(opened) == 2 * 8
+    of_whole = sum(passed)
+    passed.clear()
+    monkeypatch.setitem(probe.OPERATIONS, "cpu", 2 * _operations(adapter))
+    monkeypatch.setattr(probe, "SECONDS", 0.0)
+    probe.pace(module, Counts(), CPU)
+    # Two samples and the held-out one are recorded, two steps of two samples are done, and two
+    # more forwards are timed.
+    assert sum(passed) <= 3 + 2 * 2 + 2 + 3
+    assert of_whole > 5 * 8
+    monkeypatch.setitem(probe.OPERATIONS, "cpu", _operations(adapter) / 10)
+    with pytest.raises(BudgetError, match="Plan on the device of the fit"):
+        probe.pace(module, Counts(), CPU)
+
+
+def test_a_step_of_fewer_samples_is_scaled_without_what_each_micro_batch_does_once(
+    tmp_path: Path,
+) -> None:
+    adapter = DiT(str(write_tiny_dit(tmp_path / "net", layers=1)))
+    probed = AdaRound(adapter=adapter, batch_size=2, micro_batch=2)
+    opening = thin_opening.ThinOpening(probed.open_unit, probed.foreseen_layers)
+    stopwatch = probe._Stopwatch(opening, (32, 16), compiled=False)
+    # Rounding 4 s, two samples 3 s each; two micro-batches of 16.
+    assert stopwatch._whole(10.0, 1.0, probed) == 2 * (4 + 16 * 3)
+    # Never less than the samples alone.
+    assert stopwatch._whole(4.0, 1.0, probed) == 2 * 16 * 2
+
+
+def test_a_probe_factors_no_correlations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def factored(*unused: Any) -> Any:
+        raise AssertionError("GPTQ takes as long for few rows as for all")
+
+    adapter = DiT(str(write_tiny_dit(tmp_path / "net", layers=1)))
+    module = PTQ4DiT(adapter=adapter, threads=1, steps=2, rounding_start="gptq")
+    monkeypatch.setattr("recon.methods.ptq4dit.gptq_codes", factored)
+    assert plan_of(module, tmp_path, probe=True).seconds is not None
+
+
+def _operations(adapter: ModelAdapter) -> float:
+    """Of one sample's step."""
+    state = adapter.example_state(1, "meta", torch.float32)
+    weights = sum(out * in_ for out, in_ in adapter.linear_shapes(adapter.block_names[0]).values())
+    return 6.0 * weights * adapter.tokens(state).shape[:2].numel()

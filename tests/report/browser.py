@@ -21,9 +21,14 @@ async () => {
     type: image.src.slice(5).split(";")[0], width: image.naturalWidth, frames: await frames(image),
   })));
   const style = getComputedStyle(document.body);
+  const content = document.documentElement.scrollWidth;
+  document.querySelectorAll("details").forEach((part) => { part.open = true; });
+  const cut = [...document.querySelectorAll(".table")]
+    .filter((box) => box.scrollWidth > box.clientWidth)
+    .map((box) => `${box.closest("section").id}: ${box.scrollWidth} in ${box.clientWidth}`);
   return {
-    title: document.title, window: innerWidth, content: document.documentElement.scrollWidth,
-    images, paper: style.backgroundColor, ink: style.color,
+    title: document.title, window: innerWidth, content, cut, images,
+    paper: style.backgroundColor, ink: style.color,
     headings: document.querySelectorAll("h2").length,
   };
 }

@@ -1,5 +1,6 @@
 """The page in headless Chromium: it opens, plays, fits a phone and follows the reader's colours."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from recon.report.page import page
 from recon.report.run import open_runs
 from tests.report.browser import browser, look
-from tests.report.made_run import copied
+from tests.report.made_run import change, copied
 
 COMMAND = browser()
 
@@ -39,6 +40,16 @@ def test_it_fits_a_phone(whole_run: Path, tmp_path: Path, several: bool) -> None
     seen = look(COMMAND, page(open_runs(roots)), tmp_path, 390)
     assert seen.found["window"] == 390
     assert seen.found["content"] == 390
+
+
+def test_no_table_is_wider_than_its_place_on_a_desk(whole_run: Path, tmp_path: Path) -> None:
+    assert COMMAND is not None
+    root = copied(whole_run, tmp_path / "run")
+    file = root / "quantized" / "manifest.json"
+    units = json.loads(file.read_text())["units"].values()
+    first, last = (f"language_model.model.layers.{number}" for number in (0, 2))
+    change(file, units={f"{first} to {last}{' ' * n}": blocks for n, blocks in enumerate(units)})
+    assert look(COMMAND, page(open_runs([root])), tmp_path, 1280).found["cut"] == []
 
 
 def test_it_is_dark_where_the_reader_wants_it_dark(whole_run: Path, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from recon.errors import CalibrationError, CheckpointMismatch, ConfigError
 from recon.report.page import page
-from recon.report.run import open_runs
+from recon.report.run import Run, open_runs
+from recon.report.sections.samples import Samples, build
 from tests.report.made_run import COMMAND, LOSSES, SCRIPT, change, copied, made_run, write
 from tests.report.reading import Page
 
@@ -209,6 +210,24 @@ def test_loss_curves_have_a_point_for_each_logged_step(whole_run: Path, text: st
         (drawing,) = re.findall(rf'aria-label="Loss of unit {unit}">(.*?)</svg>', text, re.DOTALL)
         (path,) = re.findall(r'class="line c1" d="M([^"]*)"', drawing)
         assert len(path.split("L")) == len(LOSSES)
+
+
+def test_a_sample_stands_once_with_the_numbers_of_its_own_evaluation(
+    whole_run: Path, tmp_path: Path
+) -> None:
+    root = copied(whole_run, tmp_path / "run")
+    samples = root / "samples"
+    twice = (samples / "test_a-blue-ring_12.gif").read_bytes()
+    (samples / "fit_a-blue-ring_12.gif").write_bytes(twice)
+    shown = build(Run(root, "run"))
+    assert isinstance(shown, Samples)
+    assert [p.name for p in shown.pictures if "ring" in p.name] == ["test_a-blue-ring_12.gif"]
+    (samples / "test_a-blue-ring_12.gif").unlink()
+    again = build(Run(root, "run"))
+    assert isinstance(again, Samples)
+    (left,) = (p for p in again.pictures if "ring" in p.name)
+    assert (left.name, left.psnr) == ("fit_a-blue-ring_12.gif", None)
+    assert left.caption == "a blue ring (seed 12, made at the end of fit)"
 
 
 # Nothing from outside -----------------------------------------------------------------------------

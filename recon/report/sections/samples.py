@@ -12,6 +12,9 @@ from recon.report.run import Missing, Run
 TYPES = {".gif": "image/gif", ".png": "image/png"}
 SHEET = "_classes"
 """End of the name of the sheet of all classes."""
+VERBS = ("test", "validate", "fit")
+"""Beginnings of names. Each samples the same network, so one file of a prompt and seed will do:
+the first of these, which has numbers."""
 MOST = 64 * 2**20
 """Bytes of samples in a page, per run; a phone must still open it."""
 
@@ -41,10 +44,8 @@ class Samples:
 def build(run: Run) -> Samples | Missing:
     """The section of one run."""
     folder = run.root / "samples"
-    files = sorted(
-        (p for p in folder.glob("*") if p.suffix in TYPES and p.name[0] != "."),
-        key=lambda p: (p.stem.endswith(SHEET), p.name),
-    )
+    found = [p for p in folder.glob("*") if p.suffix in TYPES and p.name[0] != "."]
+    files = sorted(_once(found), key=lambda p: (p.stem.endswith(SHEET), p.name))
     if not files:
         return Missing(
             "The run folder holds no samples. Testing makes them, beside the metrics.",
@@ -58,8 +59,21 @@ def build(run: Run) -> Samples | Missing:
             left_out.append((file.name, size))
             continue
         room -= size
-        pictures.append(_picture(file, rows))
+        measured = file.stem.startswith(f"{run.evaluated}_")
+        pictures.append(_picture(file, rows if measured else []))
     return Samples(pictures, left_out)
+
+
+def _once(files: Sequence[Path]) -> list[Path]:
+    """One file for each prompt and seed."""
+    kept: dict[str, Path] = {}
+    for file in sorted(files, key=lambda p: _rank(p.stem.partition("_")[0])):
+        kept.setdefault(file.stem.partition("_")[2], file)
+    return list(kept.values())
+
+
+def _rank(verb: str) -> int:
+    return VERBS.index(verb) if verb in VERBS else len(VERBS)
 
 
 def _picture(file: Path, rows: Sequence[Mapping[str, Any]]) -> Picture:
