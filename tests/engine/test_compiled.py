@@ -53,7 +53,7 @@ def test_a_step_is_compiled_once_for_all_units(
     teacher = write_tiny_cogvideox(tmp_path / "teacher", rotary=rotary, layers=3)
     samples = write_samples(tmp_path / "samples", teacher)
     graphs, errors = Graphs(), []
-    torch._dynamo.reset()  # type: ignore[no-untyped-call]
+    torch._dynamo.reset()
     compiler = partial(torch.compile, backend=graphs.count)
     monkeypatch.setattr("recon.engine.reconstruction.torch.compile", compiler)
     for choice in (True, False):
