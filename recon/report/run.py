@@ -32,6 +32,15 @@ class ClosedUnit:
     results: dict[str, float]
     """`error_before` (round to nearest) and `error_after`, losses, what its stages found."""
 
+    @property
+    def label(self) -> str:
+        """Short, `layers.0–2` for three blocks of a longer name; empty as `name` is."""
+        if not self.blocks:
+            return self.name
+        first, last = (block.split(".") for block in (self.blocks[0], self.blocks[-1]))
+        until = f"–{last[-1]}" if len(self.blocks) > 1 else ""
+        return ".".join(first[-2:]) + until
+
 
 @dataclass(frozen=True)
 class Missing:

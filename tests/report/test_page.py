@@ -1,5 +1,6 @@
 """The page says what the files of the run say, and needs nothing else."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from recon.errors import CalibrationError, CheckpointMismatch, ConfigError
 from recon.report.page import page
-from recon.report.run import Run, open_runs
+from recon.report.run import ClosedUnit, Run, open_runs
+from recon.report.sections import units
 from recon.report.sections.samples import Samples, build
 from tests.report.made_run import COMMAND, LOSSES, SCRIPT, change, copied, made_run, write
 from tests.report.reading import Page
@@ -205,9 +207,8 @@ def test_the_score_map_marks_the_chosen_candidates_and_says_why(text: str, read:
 
 
 def test_loss_curves_have_a_point_for_each_logged_step(whole_run: Path, text: str) -> None:
-    units = len(stored(whole_run, "quantized/manifest.json")["unit_errors"])
-    for unit in range(units):
-        (drawing,) = re.findall(rf'aria-label="Loss of unit {unit}">(.*?)</svg>', text, re.DOTALL)
+    for unit in stored(whole_run, "quantized/manifest.json")["units"]:
+        (drawing,) = re.findall(rf'aria-label="Loss of {unit}">(.*?)</svg>', text, re.DOTALL)
         (path,) = re.findall(r'class="line c1" d="M([^"]*)"', drawing)
         assert len(path.split("L")) == len(LOSSES)
 
@@ -444,3 +445,33 @@ def test_damaged_and_foreign_parts_are_refused(whole_run: Path, tmp_path: Path) 
     write(old / "quantized" / "manifest.json", {"format_version": 1})
     with pytest.raises(CheckpointMismatch, match="has format_version 1"):
         text_of(old)
+
+
+def test_what_learns_before_there_are_units_is_drawn_apart(whole_run: Path, tmp_path: Path) -> None:
+    root = copied(whole_run, tmp_path / "run")
+    with (root / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    before = Run(root, "run")
+    shown = units.build(before)
+    assert isinstance(shown, units.Units)
+    assert [panel.title for panel in shown.curves] == ["Loss while each unit learned"]
+    ahead = [{"step": str(step), "recon/loss": "3", "recon/entropy": "2"} for step in (0, 1)]
+    with (root / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], "recon/entropy"])
+        writer.writeheader()
+        writer.writerows([*ahead, *rows])
+    shown = units.build(Run(root, "run"))
+    assert isinstance(shown, units.Units)
+    encoder, own = shown.curves
+    assert [name for name, _ in encoder.terms] == ["loss", "entropy"]
+    assert [curve.name for curve in encoder.curves] == ["visual encoder"]
+    assert [name for name, _ in own.terms] == ["loss"]
+    assert [curve.name for curve in own.curves] == [unit.label for unit in before.units]
+
+
+def test_long_names_of_joined_blocks_are_shortened() -> None:
+    blocks = tuple(f"model.language_model.layers.{number}" for number in (3, 4, 5))
+    unit = ClosedUnit(f"{blocks[0]} to {blocks[-1]}", blocks, 0, 1, {})
+    assert unit.label == "layers.3–5"
+    assert ClosedUnit("a", blocks[:1], 0, 1, {}).label == "layers.3"
+    assert ClosedUnit("a", (), 0, 1, {}).label == "a"

@@ -71,7 +71,7 @@ def build(run: Run) -> Layers | Missing:
     adaln = native.manifest["fingerprint"].get("model.adaln")
     left = [
         Row(
-            name=re.sub(r"(?<=\.)\d+(?=\.|$)", "∗", name),
+            name=_starred(name),
             count=1,
             shape=_shape(*size),
             weights=prod(size),
@@ -118,9 +118,10 @@ def inside_block(native: Native, name: str) -> tuple[int, str]:
 def _quantised(native: Native, name: str, role: str, parts: Mapping[str, Parts]) -> Row:
     facts = native.manifest["layers"][name]
     size = facts["out_features"], facts["in_features"]
+    inside = inside_block(native, name)[1]
     spec = facts["activation"]
     return Row(
-        name=inside_block(native, name)[1],
+        name=_starred(name) if inside == name else inside,
         count=1,
         shape=_shape(*size),
         weights=prod(size),
@@ -157,6 +158,10 @@ def _grid(spec: QuantSpec) -> str:
     shared = f"group of {spec.group_size}" if spec.strategy == "group" else spec.strategy
     kind = "" if spec.symmetric else ", asymmetric"
     return f"{spec.num_bits} bits per {shared}{kind}"
+
+
+def _starred(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "∗", name)
 
 
 def _shape(out: int, in_: int) -> str:

@@ -64,7 +64,7 @@ def _spread(count: int) -> list[int]:
 
 def _picture(run: Run, key: str, frames: Sequence[Sequence[Sequence[float]]]) -> Picture:
     number = int(key.removeprefix("unit="))
-    name = run.units[number].name if number < len(run.units) else ""
+    name = run.units[number].label if number < len(run.units) else ""
     values = [value for frame in frames for row in frame for value in row]
     title = name or f"unit {number}"
     drawing = frames_map(f"Attention that tokens receive in {title}", frames)
