@@ -63,8 +63,8 @@ def build(run: Run) -> Metrics | Missing:
     found = run.evaluation
     if not found:
         return Missing("The run was not tested yet.", run.command("test"))
-    pairs = {label: found[part] for label, part in MODELS.values() if part in found}
-    models = {label: found[key] for key, (label, _) in MODELS.items() if key in found}
+    pairs = {model: found[part] for model, part in MODELS.values() if part in found}
+    models = {model: found[key] for key, (model, _) in MODELS.items() if key in found}
     settings = dict(found.get("settings", {}))
     definitions = settings.pop("definitions", {})
     return Metrics(
