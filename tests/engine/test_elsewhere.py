@@ -13,6 +13,7 @@ from recon.engine import Reconstruction
 from recon.engine.checkpoints import written
 from recon.methods.gptq import GPTQ
 from recon.methods.ptq4dit import PTQ4DiT
+from recon.methods.rtn import RoundToNearest
 from recon.methods.smoothquant import SmoothQuant
 from recon.methods.visual_encoder_tuning import VisualEncoderTuning
 from recon.models.cogvideox import CogVideoX
@@ -92,7 +93,7 @@ def test_video_fits_stop_and_go_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [SmoothQuant, GPTQ])
+@pytest.mark.parametrize("kind", [RoundToNearest, SmoothQuant, GPTQ])
 @pytest.mark.usefixtures("device")
 def test_baselines_end(
     kind: type[Reconstruction], video: tuple[Path, Path], tmp_path: Path
