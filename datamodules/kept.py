@@ -84,13 +84,11 @@ class KeptCalibration(CalibrationData):
             if not ranks.anywhere(isinstance(found, CalibrationError), device):
                 return cast(CalibrationSet, found)
             if self.stale == "refuse":
-                raise (
-                    found
-                    if isinstance(found, CalibrationError)
-                    else CalibrationError(
-                        f"Another process cannot read the calibration set in {folder}; its message "
-                        "says why."
-                    )
+                if isinstance(found, CalibrationError):
+                    raise found
+                raise CalibrationError(
+                    f"Another process cannot read the calibration set in {folder}; its message "
+                    "says why. Delete the folder to have it made again."
                 )
         adapter.check()
         self.build_set(folder, adapter, fingerprint, device)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 from PIL import Image
 
@@ -45,6 +45,14 @@ class Example:
         for role, text in self.turns:
             digest.update(f"\0{role}\0{' '.join(text.lower().split())}".encode())
         return digest.hexdigest()
+
+
+class Source(Protocol):
+    """Examples that are read one by one; a list is one."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Example]: ...
+    def __getitem__(self, index: int, /) -> Example: ...
 
 
 @dataclass(frozen=True)
@@ -105,9 +113,7 @@ def world_examples(split: Split, count: int, seed: int) -> Iterator[Example]:
     )
 
 
-def dataset_examples(
-    path: str, split: str, columns: Columns, seed: int | None, key: str
-) -> Sequence[Example]:
+def dataset_examples(path: str, split: str, columns: Columns, seed: int | None, key: str) -> Source:
     """All examples of a local dataset, each read whenever it is asked for.
 
     Args:
@@ -150,7 +156,7 @@ class Different(Sequence[Example]):
         ConfigError: There are fewer, or as the source on reading.
     """
 
-    def __init__(self, source: Sequence[Example], count: int | None, key: str) -> None:
+    def __init__(self, source: Source, count: int | None, key: str) -> None:
         self._source = source
         self._found: dict[str, tuple[int, str]] = {}
         for index in range(len(source)):
@@ -215,23 +221,18 @@ def parts(example: Example) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         yield role, content
 
 
-class _Rows(Sequence[Example]):
+class _Rows:
     def __init__(self, rows: Any, order: Sequence[int], columns: Columns, path: str) -> None:
         self._rows, self._order, self._columns, self._path = rows, order, columns, path
 
     def __len__(self) -> int:
         return len(self._order)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self._read(row) for row in self._order[index]]
-        return self._read(self._order[index])
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
 
-    def _read(self, row: int) -> Example:
+    def __getitem__(self, index: int, /) -> Example:
+        row = self._order[index]
         return _example(self._rows[row], self._columns, f"{self._path}, row {row}")
 
 

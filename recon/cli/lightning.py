@@ -108,7 +108,7 @@ class ReconCLI(LightningCLI):
         trainer = super().instantiate_trainer(
             **kwargs, strategy=strategy, plugins=[*(given["plugins"] or []), AtomicCheckpointIO()]
         )
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined] # set by a connector
         # Before samples are made, which may fail, what a fit found is on the disk.
         sampling = next(i for i, one in enumerate(callbacks) if isinstance(one, MediaLogger))
         callbacks[sampling:sampling] = [UnitTracking(), TokenSalience(), RunSummary()]

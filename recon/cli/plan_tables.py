@@ -176,7 +176,7 @@ def _time(console: Console, plan: Plan) -> None:
         f"{span(pace.first_step)}), a unit's forward {span(pace.teacher)} a sample.",
     )
     if pace.compiled:
-        _print(console, "Steps were timed uncompiled; the fit compiles them, and takes less.")
+        _print(console, "Steps were timed uncompiled; the fit compiles them, and may take less.")
 
 
 def _tail(console: Console, plan: Plan) -> None:

@@ -31,7 +31,8 @@ def squared_errors(module: "Reconstruction", prompt: str, seed: int) -> list[dic
         of FORMS, ‖form − teacher‖², all rows of a guided call together.
     """
     # Lightning sets the attribute, and declares it not.
-    data, device = module.trainer.datamodule, module.run_device  # type: ignore[attr-defined]
+    trainer: Any = module.trainer  # Lightning sets its datamodule, and declares it not
+    data, device = trainer.datamodule, module.run_device
     teacher = pipeline(module, "full_precision", device)
     calls: list[Sample] = []
 

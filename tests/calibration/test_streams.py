@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from recon.calibration import streams
-from recon.calibration.memory import MemoryBudget, free_bytes, parse_bytes
+from recon.calibration.memory import MemoryBudget, Place, free_bytes, parse_bytes
 from recon.calibration.streams import DiskStreams, MemoryStreams, StreamStore
 from recon.errors import BudgetError, ConfigError
 from recon.types import State
@@ -217,11 +217,11 @@ def test_processes_of_a_machine_share_what_is_free(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("recon.calibration.memory.free_bytes", lambda *unused: 1000)
-    needed = {"device": 400, "ram": 400, "disk": 600}
+    needed: dict[Place, int] = {"device": 400, "ram": 400, "disk": 600}
     budget = MemoryBudget(device=0)
-    assert budget.place(needed, CPU, tmp_path, 1) == "ram"  # type: ignore[arg-type]
+    assert budget.place(needed, CPU, tmp_path, 1) == "ram"
     with pytest.raises(BudgetError, match=r"memory\.ram allows 250 .*memory\.disk allows 400 "):
-        budget.place(needed, CPU, tmp_path, 2)  # type: ignore[arg-type]
+        budget.place(needed, CPU, tmp_path, 2)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Others do not say.")
