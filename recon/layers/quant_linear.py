@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from recon.layers.patches import image_of, patches
+from recon.layers.recomputed import recomputed
 from recon.layers.rounding import (
     CLIP_LOGIT_START,
     AdaptiveRounding,
@@ -96,7 +97,7 @@ class QuantLinear(nn.Module):
             return self.resident_weight
         if self.codes is None or self.scale is None:
             assert self.rounding is not None
-            return self.rounding(self.transformed_weight())
+            return recomputed(self.rounding, self.transformed_weight())
         codes = unpack(self.codes, self.weight_spec.num_bits, self.in_features)
         codes = codes.to(self.scale.dtype)
         if self.zero_point is not None:
@@ -115,18 +116,24 @@ class QuantLinear(nn.Module):
 
     def _product(self, inputs: Tensor) -> Tensor:
         hidden = inputs if self.transform is None else self.transform(inputs)
-        if self.activation_spec is not None and self.activation_spec.strategy != "token":
-            hidden = self._on_fixed_grid(hidden.float())
-        elif self.activation_range is not None:
-            hidden = self.activation_range(hidden)
-        elif self.activation_spec is not None:
-            clip = self.activation_clip
-            if self.activation_clip_logits is not None:
-                clip = self.activation_clip_logits.sigmoid()
-            hidden = fake_quantize_tokens(hidden.float(), self.activation_spec, clip)
+        if self.activation_spec is not None or self.activation_range is not None:
+            hidden = recomputed(self._on_grid, hidden)
         weight = self.quantized_weight().to(inputs.dtype)
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
         return functional.linear(hidden.to(inputs.dtype), weight, bias)
+
+    def _on_grid(self, hidden: Tensor) -> Tensor:
+        """The transformed input as its grid represents it."""
+        if self.activation_spec is not None and self.activation_spec.strategy != "token":
+            return self._on_fixed_grid(hidden.float())
+        if self.activation_range is not None:
+            ranged: Tensor = self.activation_range(hidden)
+            return ranged
+        assert self.activation_spec is not None
+        clip = self.activation_clip
+        if self.activation_clip_logits is not None:
+            clip = self.activation_clip_logits.sigmoid()
+        return fake_quantize_tokens(hidden.float(), self.activation_spec, clip)
 
     def _on_fixed_grid(self, hidden: Tensor) -> Tensor:
         """Hidden itself where the transform quantised it; else on the range of this very call."""

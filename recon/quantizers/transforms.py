@@ -80,11 +80,13 @@ def apply_kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
             f"Kronecker factors of {rows} and {columns} act on {rows * columns} channels, but the "
             f"input is {width} wide. Build the transform with the width of this layer's input."
         )
-    blocks = x.reshape(-1, rows, columns)
     # Mixed precision is for the network: input and weight are each other's inverse only exactly.
     with torch.autocast(x.device.type, enabled=False):
-        blocks = left.to(x.dtype).t() @ (blocks @ right.to(x.dtype))
-    return blocks.reshape(x.shape)
+        blocks = (x.reshape(-1, columns) @ right.to(x.dtype)).view(-1, rows, columns)
+        # A batch of small products: `left.t() @ blocks` is folded into a large one over transposed
+        # copies, and what comes behind reads its transposed result number by number.
+        blocks = torch.bmm(left.to(x.dtype).t().expand(len(blocks), rows, rows), blocks)
+    return blocks.view(x.shape)
 
 
 class KroneckerTransform(nn.Module):

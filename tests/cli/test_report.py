@@ -1,5 +1,6 @@
 """`recon report` as a user types it, on runs that the command line made."""
 
+import json
 import os
 import re
 import signal
@@ -129,4 +130,5 @@ def test_a_killed_and_resumed_run_has_the_page_of_an_uninterrupted_one(
     assert [len(TIMES.findall(page)) for page in pages] == [1, 1]
     whole, resumed = (TIMES.sub("", page) for page in pages)
     assert resumed == whole
-    assert "Loss of unit 2" in whole
+    manifest = json.loads((root / "quantized" / "manifest.json").read_text())
+    assert all(f"Loss of {unit}" in whole for unit in manifest["units"])
