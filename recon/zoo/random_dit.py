@@ -14,6 +14,8 @@ How fast an export is on this machine, in about fifteen minutes and 6 GB of memo
     recon export --run runs/dit_xl --format torchao
     recon bench --run runs/dit_xl --format torchao --runs 3 --steps 0
 
+W4A8: `--model.weight.num_bits 4 --model.activation.num_bits 8`; a sample of 4 steps: `--steps 4`.
+
 VAE and scheduler are those of the embedded image teacher. Source of the sizes: the config.json of
 facebook/DiT-XL-2-256 (latents of 32 x 32) and -512 (64 x 64).
 """
