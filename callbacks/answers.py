@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ DEFINITIONS = {
     "turn included, teacher-forced",
     "kl": "KL divergence from the full-precision model's distribution of the next token to this "
     "model's, nats; mean over the right answers' tokens",
+    "kl_median": "the same of the median question: a few that full precision is undecided on make "
+    "most of the mean",
     "same_answer": "share of questions to which both models say the same text",
 }
 
@@ -120,6 +123,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
             tokens = sum(numbers["tokens"] for numbers in pairs)
             result[pair] = {
                 "kl": sum(numbers["kl"] for numbers in pairs) / tokens,
+                "kl_median": statistics.median(n["kl"] / n["tokens"] for n in pairs),
                 "same_answer": sum(numbers["same_answer"] for numbers in pairs) / len(pairs),
                 "count": len(pairs),
             }

@@ -23,6 +23,7 @@ LABELS = {
     "kid": "KID",
     "kid_std": "KID, standard deviation",
     "kl": "KL divergence, nats",
+    "kl_median": "of the median question",
 }
 """Of numbers whose name is no plain words."""
 
