@@ -27,8 +27,7 @@ DEFINITIONS = {
     "turn included, teacher-forced",
     "kl": "KL divergence from the full-precision model's distribution of the next token to this "
     "model's, nats; mean over the right answers' tokens",
-    "kl_median": "the same of the median question: a few that full precision is undecided on make "
-    "most of the mean",
+    "kl_median": "that divergence of the median question, a mean over its right answer's tokens",
     "same_answer": "share of questions to which both models say the same text",
 }
 

@@ -118,15 +118,17 @@ def test_the_report_counts_and_measures() -> None:
     assert result["paired"]["same_answer"] == pytest.approx(1 / 3)
     assert result["paired_round_to_nearest"]["same_answer"] == pytest.approx(1 / 3)
     # by hand, token by token
-    losses, divergences = [], []
+    losses, divergences, means = [], [], []
     for reference, found in zip(batch["full_precision"], batch["quantized"], strict=True):
         p, q = reference["log_probabilities"].double(), found["log_probabilities"].double()
         for row, token in enumerate(found["tokens"].tolist()):
             losses.append(-float(q[row, token]))
             terms = (math.exp(p[row, k]) * float(p[row, k] - q[row, k]) for k in range(7))
             divergences.append(sum(terms))
+        means.append(sum(divergences[-len(found["tokens"]) :]) / len(found["tokens"]))
     assert quantized["perplexity"] == pytest.approx(math.exp(sum(losses) / 6))
     assert result["paired"]["kl"] == pytest.approx(sum(divergences) / 6)
+    assert result["paired"]["kl_median"] == pytest.approx(sorted(means)[1])
 
 
 def test_a_model_is_at_no_distance_from_itself() -> None:

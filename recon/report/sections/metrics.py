@@ -23,7 +23,7 @@ LABELS = {
     "kid": "KID",
     "kid_std": "KID, standard deviation",
     "kl": "KL divergence, nats",
-    "kl_median": "of the median question",
+    "kl_median": "KL, median question",
 }
 """Of numbers whose name is no plain words."""
 
