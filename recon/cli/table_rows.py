@@ -16,7 +16,7 @@ ON_IMAGES = "models/image_teacher"
 ON_QUESTIONS = "models/vlm_teacher"
 AS_LONG_AS_PTQ4DIT = ("--model.steps", "300", "--model.lr", "4e-2")
 AS_LONG_AS_Q_VLM = ("--model.steps", "200", "--model.lr", "4e-2")
-EPOCHS_AS_LONG = ("--model.epochs", "25")
+EPOCHS_AS_LONG_AS_Q_VLM = ("--model.epochs", "25")
 """Steps of Q-VLM: 64 samples in batches of 8."""
 NO_SEARCH = ("--model.shrinks", "[1.0]")
 NO_ROUNDING = ("--model.rounding", "none")
@@ -124,7 +124,7 @@ TEACHERS: dict[str, Teacher] = {
             "gptq": (("gptq", ON_QUESTIONS), ()),
             "adaround": (("adaround", ON_QUESTIONS), AS_LONG_AS_Q_VLM),
             "signround": (("q_vlm",), (*LAYERWISE, *NO_SEARCH)),
-            "s2q_base": (("s2q_vdit", ON_QUESTIONS), (*NO_STD, *EPOCHS_AS_LONG)),
+            "s2q_base": (("s2q_vdit", ON_QUESTIONS), (*NO_STD, *EPOCHS_AS_LONG_AS_Q_VLM)),
             "q_vlm": (("q_vlm",), ()),
             "q_vlm_dp": (("q_vlm",), ("--model.partition_by", "dp")),
             "q_vlm_fixed": (("q_vlm",), ("--model.partition_by", "fixed")),
